@@ -1,0 +1,111 @@
+"""Fine-tune a language model with forward passes only.
+
+  python launch.py train configs/demo.yaml                    start a run
+  python launch.py train configs/demo.yaml run.steps=100      ... with a key of the recipe changed
+  python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
+  python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
+  ray job submit --working-dir . -- python launch.py train configs/demo.yaml
+
+A recipe is a YAML file with the sections model, space, estimator, task, fleet and run;
+configs/README.md lists every key. Exit codes: 0 done, 1 the run failed, 2 a mistake in the
+command, the recipe or the data, 130 interrupted.
+"""
+
+import argparse
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from orchestrator import environment, output, runs
+from orchestrator.config import ConfigError
+
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main() -> int:
+    arguments = _parse()
+    signal.signal(signal.SIGTERM, _interrupt)  # what `ray job stop` sends
+    run: runs.Run | None = None
+    try:
+        run = _open(arguments)
+        environment.prepare(run.config.fleet.threads_per_replica)
+        if arguments.command == "train":
+            runs.train(run)
+        else:
+            runs.evaluate(run, arguments.out, trained=Path(arguments.source).is_dir())
+        return DONE
+    except ConfigError as error:
+        _tell(f"error: {error}")
+        return MISTAKE
+    except KeyboardInterrupt:
+        _tell("interrupted" + _how_to_go_on(arguments, run))
+        return INTERRUPTED
+    except Exception as error:
+        traceback.print_exc()  # into the run's log
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        _tell(f"failed: {message}" + _how_to_go_on(arguments, run))
+        return FAILED
+
+
+def _open(arguments: argparse.Namespace) -> runs.Run:
+    """The run that the command names, checked as far as it can be without starting anything."""
+    if arguments.command == "train" and arguments.resume:
+        return runs.reopen(Path(arguments.resume), arguments.overrides)
+    source = Path(arguments.source)
+    if arguments.command == "eval" and source.is_dir():
+        return runs.reopen(source, arguments.overrides)
+    return runs.choose(source, arguments.overrides)
+
+
+def _how_to_go_on(arguments: argparse.Namespace, run: runs.Run | None) -> str:
+    if run is None or arguments.command != "train":
+        return ""
+    return (
+        f"; the ledger is whole. Details: {run.log_path}\n"
+        f"continue with: python launch.py train --resume {run.folder}"
+    )
+
+
+def _tell(message: str) -> None:
+    """To the user: standard error, or the terminal once standard error goes to the log."""
+    print(message, file=output.terminal() if output.is_diverted() else sys.stderr, flush=True)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval}")
+    train = commands.add_parser(
+        "train",
+        help="start a run, or continue one",
+        description="Start a run from a recipe, or continue an interrupted one bit for bit.",
+    )
+    train.add_argument("source", nargs="?", metavar="CONFIG", help="such as configs/demo.yaml")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
+    evaluate = commands.add_parser(
+        "eval",
+        help="score the held-out examples",
+        description="Score all held-out examples: given a recipe, under the base model; given a "
+        "run folder, under the state that its ledger leads to.",
+    )
+    evaluate.add_argument("source", metavar="CONFIG-or-RUN_DIR")
+    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
+    evaluate.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
+    arguments = parser.parse_args()
+    if arguments.command == "train" and arguments.resume and arguments.source:
+        arguments.overrides.insert(0, arguments.source)  # --resume takes CONFIG's place
+    elif arguments.command == "train" and not (arguments.resume or arguments.source):
+        train.error("give a recipe, or --resume RUN_DIR")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

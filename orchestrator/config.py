@@ -1,0 +1,253 @@
+"""The configuration: what may be written in a recipe, checked completely before anything starts.
+
+Owns the six sections, their defaults and every message about a wrong key or value. Imports
+neither torch nor ray, so that a mistake is told at once. Knows nothing of files that the
+configuration points to: `tasks` and `assets` check those.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's, told in one line that names the key or file and the value."""
+
+
+class Section(BaseModel):
+    """A frozen group of keys that refuses those it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Model(Section):
+    """Which model, in which precision, on which device."""
+
+    path: str
+    """A folder in Hugging Face's layout, a hub id, a .gguf file, or package:NAME/FILE."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the live weights and of the forward."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    kv_tokens: Positive = 16384
+    """Size of a replica's KV pool, in tokens; larger batches are split."""
+    trust_remote_code: bool = False
+    """Whether code that a model's folder brings along may run."""
+
+
+class Space(Section):
+    """Which parameters are trained, and how precisely they are kept."""
+
+    kind: Literal["dense"] = "dense"
+    master: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the trained state; bfloat16 rounds stochastically."""
+
+
+class Estimator(Section):
+    """How losses become an update."""
+
+    kind: Literal["two_sided", "one_sided"] = "two_sided"
+    noise: Literal["gaussian", "rademacher"] = "gaussian"
+    num_seeds: Annotated[int, Field(ge=1, le=64)] = 1
+    """Perturbations a step."""
+    batch_size: Positive = 16
+    """Training examples a step; all probes of a step score the same ones."""
+    eps: PositiveFloat = 1e-3
+    """Size of a perturbation."""
+    lr: PositiveFloat = 1e-6
+    """Learning rate at its peak."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled: a step multiplies the weights by 1 - lr * weight_decay."""
+
+
+class Source(Section):
+    """Where rows come from."""
+
+    path: str
+    """A .jsonl or .csv file, or package:NAME/FILE for one inside an installed package."""
+    where: dict[str, str] = {}
+    """Keep only rows whose fields have these values."""
+    rename: dict[str, str] = {}
+    """Field names of the file, to the names that the template uses."""
+
+
+class Task(Section):
+    """Labelled rows, a template that turns one into prompts, and the options to choose from."""
+
+    preset: str | None = None
+    """Fills in template, options and label where they are not given."""
+    template: str
+    """Text with {field} for a row's fields and {option} for the candidate, at the end."""
+    options: Annotated[list[str], Field(min_length=2)]
+    label: str = "label"
+    """The field that holds the right option: its number from 0, or its text."""
+    train: Source
+    test: Source | None = None
+    holdout: Positive | None = None
+    """Without `test`: how many rows of `train` are held out, by a fixed permutation."""
+    max_length: Positive = 512
+    """Prompts are cut to this many tokens, from the left."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") is None:
+            return values
+        name = values["preset"]
+        if name not in PRESETS:
+            known = ", ".join(sorted(PRESETS))
+            raise ValueError(f"preset: {name!r} is not a preset; there are: {known}")
+        return {**PRESETS[name], **values}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.template.endswith("{option}"):
+            raise ValueError(f"template: {self.template!r} does not end with {{option}}")
+        if self.template.count("{option}") != 1:
+            raise ValueError(f"template: {self.template!r} contains {{option}} more than once")
+        if len(set(self.options)) != len(self.options):
+            raise ValueError(f"options: {self.options!r} repeats an option")
+        if (self.test is None) == (self.holdout is None):
+            raise ValueError("give either test or holdout, so that there is held-out data")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "sst2": {"template": "{sentence} It was {option}", "options": ["terrible", "great"]},
+}
+
+
+class FleetSection(Section):
+    """Where the replicas run."""
+
+    kind: Literal["ray", "local"] = "ray"
+    """ray: one actor a replica. local: in this process, for tests and small runs."""
+    num_replicas: Positive = 1
+    threads_per_replica: Positive = 1
+    """CPU threads of a replica; part of the run's identity, since it orders float sums."""
+
+
+class Run(Section):
+    """How long, from which seed, and where the records go."""
+
+    steps: Positive
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    dir: str | None = None
+    """Run folder; by default runs/NAME-TIME."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between looks at held-out accuracy while training; 0: only before and after."""
+    eval_examples: Positive | None = None
+    """Held-out rows of such a look; before and after, all are used."""
+    check_every: Annotated[int, Field(ge=0)] = 50
+    """Steps between comparisons of the replicas' digests; 0: only at the end."""
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    model: Model
+    space: Space = Space()
+    estimator: Estimator = Estimator()
+    task: Task
+    fleet: FleetSection = FleetSection()
+    run: Run
+
+    def identity(self) -> str:
+        """Hash (SHA-256, hex) of all that decides a run's ledger.
+
+        Left out is what may change when a run is resumed: where it runs and what it shows.
+        """
+        data = self.model_dump(mode="json")
+        data["fleet"] = {"threads_per_replica": self.fleet.threads_per_replica}
+        data["run"] = {"steps": self.run.steps, "seed": self.run.seed}
+        canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML that `load` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply `section.key=value` overrides.
+
+    Raises ConfigError, in one line, for a missing file, bad YAML, an unknown key (by its full
+    path, with the nearest known one) or a value that its key does not take.
+    """
+    path = Path(path)
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first_message(error)}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold sections ({', '.join(Config.model_fields)})")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: overrides are written section.key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if child is None:  # `section:` with nothing under it
+            child = values[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {parent} is a value, not a section")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML") from None
+
+
+def _first_message(error: ValidationError) -> str:
+    """The first mistake, unknown keys before others: a misspelt key often causes the rest."""
+    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    detail = details[0]
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(path, list(known_keys()), n=1, cutoff=0.0)
+        return f"{path}: unknown key; did you mean {nearest[0]}?"
+    if detail["type"] == "missing":
+        return f"{path}: missing; it has no default"
+    if detail["type"] == "value_error":
+        return f"{path}.{detail['ctx']['error']}"
+    return f"{path}: {detail['input']!r} is not accepted: {_decapitalise(detail['msg'])}"
+
+
+def _decapitalise(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
+def known_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key's full path, such as estimator.num_seeds."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from known_keys(kind, f"{prefix}{name}.")

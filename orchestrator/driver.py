@@ -1,0 +1,135 @@
+"""The loop. Reads like the algorithm's box in the paper (MeZO, Malladi et al. 2023, Algorithm 1),
+with the perturbations spread over a fleet and the update written down before it is applied.
+
+Knows no ray, no sglang, no tensors: only seeds, scalars and ids.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from orchestrator import estimator, tasks
+from orchestrator.config import Config
+from orchestrator.evaluate import accuracy
+from orchestrator.metrics import Evaluation, Observer, StepMetrics
+from orchestrator.records import Fleet, FleetError, ProbeLoss
+from orchestrator.seed_sync import Ledger, StepRecord
+
+
+class Driver:
+    """Takes a run from where its ledger ends to its last step."""
+
+    def __init__(
+        self,
+        config: Config,
+        fleet: Fleet,
+        ledger: Ledger,
+        observers: Sequence[Observer],
+        *,
+        num_train: int,
+        num_test: int,
+    ) -> None:
+        """`fleet` is started; its replicas stand at the base model."""
+        self._config = config
+        self._fleet = fleet
+        self._ledger = ledger
+        self._observers = observers
+        self._num_train = num_train
+        self._num_test = num_test
+        for record in ledger.records:
+            fleet.apply(record.update())
+
+    def train(self) -> None:
+        """All steps that are missing, with looks at held-out accuracy on the way."""
+        run = self._config.run
+        for step in range(self._ledger.next_step, run.steps):
+            self.step(step)
+            done = step + 1
+            if run.check_every and done % run.check_every == 0:
+                self.check_digests()
+            if run.eval_every and done % run.eval_every == 0 and done < run.steps:
+                self.evaluate(done, run.eval_examples)
+
+    def step(self, step: int) -> None:
+        """Plan, evaluate, estimate, write down, apply."""
+        started = time.monotonic()
+        settings, run = self._config.estimator, self._config.run
+        examples = tasks.batch(run.seed, step, settings.batch_size, self._num_train)
+        seeds = estimator.seeds(run.seed, step, settings.num_seeds)
+        probes = estimator.probes(settings, step, seeds, examples)
+
+        losses = self._fleet.evaluate(probes)
+
+        lr = estimator.learning_rate(settings, step, run.steps)
+        estimate = estimator.estimate(settings, lr, losses)
+        record = StepRecord(
+            step=step,
+            seeds=seeds,
+            losses=estimate.losses,
+            coefficients=estimate.coefficients,
+            decay=estimate.decay,
+            eps=settings.eps,
+            lr=lr,
+            examples_hash=_hash(examples),
+        )
+        self._ledger.append(record)
+        self._fleet.apply(record.update())
+
+        metrics = _metrics(record, estimate, losses, time.monotonic() - started)
+        for observer in self._observers:
+            observer.step(metrics)
+
+    def evaluate(self, done: int, num_examples: int | None = None) -> float:
+        """Held-out accuracy after `done` steps, on all held-out examples or the first few."""
+        started = time.monotonic()
+        chosen = range(min(num_examples or self._num_test, self._num_test))
+        value = accuracy(self._fleet.score("test", chosen))
+        evaluation = Evaluation(done, value, len(chosen), time.monotonic() - started)
+        for observer in self._observers:
+            observer.evaluation(evaluation)
+        return value
+
+    def check_digests(self) -> str:
+        """The trained state's digest, which all replicas must share.
+
+        Raises FleetError naming those that differ from the most.
+        """
+        digests = self._fleet.digests()
+        common, _ = Counter(digests.values()).most_common(1)[0]
+        different = [name for name, digest in digests.items() if digest != common]
+        if different:
+            raise FleetError(
+                f"after {self._ledger.next_step} steps the trained state of "
+                f"{', '.join(different)} differs from the others': {digests}"
+            )
+        return common
+
+
+def _hash(examples: Sequence[int]) -> str:
+    text = ",".join(map(str, examples))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _metrics(
+    record: StepRecord,
+    estimate: estimator.Estimate,
+    losses: Sequence[ProbeLoss],
+    seconds: float,
+) -> StepMetrics:
+    finite = [value for pair in record.losses for value in pair if value is not None]
+    gradients = [abs(value) for value in estimate.gradients if value is not None]
+    return StepMetrics(
+        step=record.step,
+        loss=_mean(finite),
+        gradient=_mean(gradients),
+        lr=record.lr,
+        num_dropped=len(record.dropped),
+        num_probes=len(losses),
+        num_tokens=sum(loss.num_tokens for loss in losses),
+        seconds=seconds,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

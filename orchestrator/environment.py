@@ -1,0 +1,30 @@
+"""Environment variables that must stand before torch, numba or SGLang are imported.
+
+Owns the table and the reason for each entry. `launch.py` sets them for its own process and
+`actors.py` hands them to Ray for the replicas'. Imports nothing heavy.
+"""
+
+import os
+
+
+def variables(threads: int) -> dict[str, str]:
+    """What a process that hosts a replica with this many CPU threads needs."""
+    return {
+        # Idle OpenMP threads that spin steal the cores from numba's, and the other way round:
+        # forwards were seen to become ten times slower.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "KMP_BLOCKTIME": "0",
+        "NUMBA_THREADING_LAYER": "workqueue",
+        "OMP_NUM_THREADS": str(threads),
+        # Several runners share a process, hence its process groups (see dist_patch).
+        "SGLANG_ALLOW_REUSE_DISTRIBUTED": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
+def prepare(threads: int) -> None:
+    """Set the variables of this process, except those that the user has set."""
+    for name, value in variables(threads).items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,71 @@
+"""The fleet in one process: the same calls as the actors' fleet, one replica after another.
+
+For tests and small runs. `dist_patch.apply()` must have run before this module is imported.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+from orchestrator.config import Config
+from orchestrator.records import (
+    ExampleScore,
+    Probe,
+    ProbeLoss,
+    ReplicaInfo,
+    Split,
+    StepUpdate,
+    example_chunks,
+    probe_groups,
+)
+from orchestrator.replica import Replica
+
+
+class LocalFleet:
+    """Replicas that take turns."""
+
+    def __init__(self, config: Config, device: str) -> None:
+        self._config = config
+        self._device = device
+        self._replicas: list[Replica] = []
+        self._updates: list[StepUpdate] = []
+        self._applied: list[int] = []
+
+    def start(self) -> ReplicaInfo:
+        for _ in range(self._config.fleet.num_replicas):
+            self._replicas.append(Replica(self._config, self._device))
+            self._applied.append(0)
+        return self._replicas[0].info
+
+    def apply(self, update: StepUpdate) -> None:
+        self._updates.append(update)
+
+    def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
+        losses = []
+        for index, group in zip(self._turns(), probe_groups(probes), strict=False):
+            losses += self._replicas[index].evaluate(self._missing(index), group)
+        return losses
+
+    def score(self, split: Split, examples: Sequence[int]) -> list[ExampleScore]:
+        scores = []
+        for index, chunk in zip(self._turns(), example_chunks(examples), strict=False):
+            scores += self._replicas[index].score(self._missing(index), split, chunk)
+        return scores
+
+    def digests(self) -> dict[str, str]:
+        return {
+            f"replica {index}": replica.digest(self._missing(index))
+            for index, replica in enumerate(self._replicas)
+        }
+
+    def close(self) -> None:
+        for replica in self._replicas:
+            replica.close()
+        self._replicas.clear()
+
+    def _turns(self) -> "itertools.cycle[int]":
+        return itertools.cycle(range(len(self._replicas)))
+
+    def _missing(self, index: int) -> list[StepUpdate]:
+        missing = self._updates[self._applied[index] :]
+        self._applied[index] = len(self._updates)
+        return missing

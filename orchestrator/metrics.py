@@ -1,0 +1,128 @@
+"""What a run writes down beside its ledger: metrics.jsonl, TensorBoard events, summary.json.
+
+Owns the run folder's names. Nothing here is needed to resume: the ledger alone decides.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+CONFIG_FILE = "config.yaml"
+LEDGER_FILE = "ledger.jsonl"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+LOG_FILE = "log.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """A step that was taken."""
+
+    step: int
+    loss: float
+    """Mean over the step's finite losses."""
+    gradient: float
+    """Mean of |g| over the step's seeds."""
+    lr: float
+    num_dropped: int
+    num_probes: int
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A look at held-out accuracy, after `step` steps."""
+
+    step: int
+    accuracy: float
+    num_examples: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run came to."""
+
+    steps: int
+    wall_s: float
+    """Of this process, from the fleet's start to the last evaluation; less than the run's whole
+    time if it was resumed."""
+    evaluations_per_s: float
+    """Probes a second, while stepping."""
+    trained_tokens_per_s: float
+    """Tokens that went through the model for probes, a second, while stepping."""
+    baseline_accuracy: float | None
+    final_accuracy: float
+    num_held_out: int
+    digest: str
+    versions: dict[str, str]
+
+
+class Observer(Protocol):
+    """Who is told what happens during a run."""
+
+    def step(self, metrics: StepMetrics) -> None: ...
+
+    def evaluation(self, evaluation: Evaluation) -> None: ...
+
+
+class Records:
+    """Writes a run's metrics as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._events = EventFileWriter(str(folder))
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._write("step", asdict(metrics))
+        self._draw(
+            metrics.step,
+            {
+                "train/loss": metrics.loss,
+                "train/projected_gradient": metrics.gradient,
+                "train/lr": metrics.lr,
+                "speed/probes_per_s": metrics.num_probes / metrics.seconds,
+            },
+        )
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self._write("evaluation", asdict(evaluation))
+        self._draw(evaluation.step, {"held_out/accuracy": evaluation.accuracy})
+
+    def summary(self, summary: Summary) -> None:
+        text = json.dumps(asdict(summary), indent=2)
+        (self._folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+    def _write(self, kind: str, fields: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps({"kind": kind, **fields}) + "\n")
+        self._metrics.flush()
+
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        drawn = [EventSummary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._events.add_event(
+            Event(wall_time=time.time(), step=step, summary=EventSummary(value=drawn))
+        )
+
+
+def baseline(folder: Path) -> float | None:
+    """The accuracy that a run noted before its first step, if it did."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["kind"] == "evaluation" and entry["step"] == 0:
+            return float(entry["accuracy"])
+    return None

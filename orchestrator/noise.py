@@ -1,0 +1,206 @@
+"""Noise version 1: every random bit that the optimiser uses, specified and computed in numpy.
+
+Owns the meaning of seeds: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3"), how its words become gaussian or rademacher noise, rounding bits, seeds and orders of
+examples, and the checksum of a tensor. A bit depends on a seed, a canonical tensor name and an
+element's row-major index in the whole tensor, so that any shard on any device draws the same.
+
+This is the specification, written to be read: one block of words is computed for each element.
+The fast kernels are in the sweeps modules. It does not know torch, devices, models or steps.
+"""
+
+import hashlib
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+NOISE_VERSION = 1
+
+NoiseKind = Literal["gaussian", "rademacher"]
+Words = NDArray[np.uint32]
+
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+GAUSSIAN_BLOCK = 8  # elements that one block of four words serves, 16 bits each
+RADEMACHER_BLOCK = 128  # elements that one block of four words serves, 1 bit each
+
+DIGEST_INDEX_MULTIPLIER = 0x9E3779B97F4A7C15
+DIGEST_BITS_MULTIPLIER = 0xD1B54A32D192ED03
+DIGEST_MIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+_WORD_MASK = 0xFFFFFFFF
+_MAGNITUDES_FILE = Path(__file__).with_name("gaussian_magnitudes.txt")
+_MAGNITUDES_SHA256 = "7145426dcdeb4c8b7c781b4991d3b965d3d8428f039bed0b6feb821a0d5b1c14"
+
+
+class Stream(IntEnum):
+    """The last counter word: keeps the uses of one key apart."""
+
+    PERTURBATION = 0
+    ROUNDING = 1
+    SEEDS = 2
+    ORDER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRegion:
+    """Where a 2-D slice [rows, columns] lies in the canonical tensor called `name`.
+
+    Element (r, c) has the row-major index start + r * row_stride + c in the whole tensor.
+    """
+
+    name: str
+    start: int
+    row_stride: int
+
+
+def philox(
+    counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]
+) -> tuple[Words, Words, Words, Words]:
+    """Philox4x32-10 of each counter under each key.
+
+    The counter's four words and the key's two are integers or uint32 or uint64 arrays, all below
+    2**32 and of shapes that broadcast. Returns four uint32 arrays of the common shape.
+    """
+    mask, half = np.uint64(_WORD_MASK), np.uint64(32)
+    multiplier_0, multiplier_1 = (np.uint64(word) for word in PHILOX_MULTIPLIERS)
+    key_step_0, key_step_1 = (np.uint64(word) for word in PHILOX_KEY_STEPS)
+    words = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in (*counter, *key)))
+    counter_0, counter_1, counter_2, counter_3, key_0, key_1 = words
+    for _ in range(PHILOX_ROUNDS):
+        product_0 = counter_0 * multiplier_0
+        product_1 = counter_2 * multiplier_1
+        counter_0 = (product_1 >> half) ^ counter_1 ^ key_0
+        counter_1 = product_1 & mask
+        counter_2 = (product_0 >> half) ^ counter_3 ^ key_1
+        counter_3 = product_0 & mask
+        key_0 = (key_0 + key_step_0) & mask
+        key_1 = (key_1 + key_step_1) & mask
+    return (
+        counter_0.astype(np.uint32),
+        counter_1.astype(np.uint32),
+        counter_2.astype(np.uint32),
+        counter_3.astype(np.uint32),
+    )
+
+
+def split_words(value: int) -> tuple[int, int]:
+    """The low and the high 32 bits of a 64-bit integer."""
+    return value & _WORD_MASK, (value >> 32) & _WORD_MASK
+
+
+def tensor_word(name: str) -> int:
+    """The 32-bit counter word that stands for a canonical tensor name: its CRC-32."""
+    return zlib.crc32(name.encode())
+
+
+@cache
+def gaussian_magnitudes() -> NDArray[np.float32]:
+    """The 1,024 magnitudes of gaussian noise, ascending: read-only float32 [1024].
+
+    They are the normal quantiles at 1/2 + (k + 1/2)/2048, scaled to a mean square of 1, and kept
+    as bit patterns because no two mathematical libraries round quantiles alike.
+    Raises RuntimeError if the file is not the one that noise version 1 was made with.
+    """
+    text = _MAGNITUDES_FILE.read_bytes()
+    if hashlib.sha256(text).hexdigest() != _MAGNITUDES_SHA256:
+        raise RuntimeError(f"{_MAGNITUDES_FILE.name} was altered: its SHA-256 does not match")
+    patterns = np.array([int(line, 16) for line in text.split()], np.uint32)
+    magnitudes = patterns.view(np.float32)
+    magnitudes.setflags(write=False)
+    return magnitudes
+
+
+def draw(kind: NoiseKind, seed: int, name: str, start: int, count: int) -> NDArray[np.float32]:
+    """Noise z of the elements start .. start + count of tensor `name`: float32 [count].
+
+    Both kinds have mean 0 and variance 1. The seed is an integer in [0, 2**64).
+    """
+    index = _indices(start, count)
+    key = split_words(seed)
+    if kind == "gaussian":
+        halfword = _halfwords(index, name, Stream.PERTURBATION, key)
+        magnitude = gaussian_magnitudes()[halfword >> 6]
+        return np.where(halfword & 1, -magnitude, magnitude)
+    bit = index % np.uint64(RADEMACHER_BLOCK)
+    words = _block_words(index // np.uint64(RADEMACHER_BLOCK), name, Stream.PERTURBATION, key)
+    word = _pick(words, bit // np.uint64(32))
+    negative = (word >> (bit % np.uint64(32)).astype(np.uint32)) & np.uint32(1)
+    return np.where(negative, np.float32(-1), np.float32(1))
+
+
+def rounding_bits(step: int, name: str, start: int, count: int) -> NDArray[np.uint16]:
+    """Bits of one step's stochastic rounding of bfloat16 masters: uint16 [count]."""
+    return _halfwords(_indices(start, count), name, Stream.ROUNDING, split_words(step))
+
+
+def derive_seed(run_seed: int, step: int, index: int) -> int:
+    """The seed in [0, 2**64) of perturbation `index` (below 2**32) of a step of a run."""
+    counter = (*split_words(step), index, Stream.SEEDS)
+    word_0, word_1, _, _ = philox(counter, split_words(run_seed))
+    return int(word_0) | int(word_1) << 32
+
+
+def permutation(run_seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    """The order in which an epoch (below 2**32) visits `size` examples: int64 [size]."""
+    index = _indices(0, size)
+    counter = (index & np.uint64(_WORD_MASK), index >> np.uint64(32), epoch, Stream.ORDER)
+    word_0, word_1, _, _ = philox(counter, split_words(run_seed))
+    keys = word_0.astype(np.uint64) | word_1.astype(np.uint64) << np.uint64(32)
+    return np.argsort(keys, kind="stable")
+
+
+def digest(bits: NDArray[np.uint16] | NDArray[np.uint32], region: TensorRegion) -> int:
+    """A checksum in [0, 2**64) of a slice's raw bits [rows, columns], uint16 or uint32.
+
+    It is a sum over elements, so that the digests of a tensor's shards add up (modulo 2**64) to
+    the digest of the whole.
+    """
+    rows, columns = bits.shape
+    index = np.stack(
+        [_indices(region.start + row * region.row_stride, columns) for row in range(rows)]
+    )
+    mixed = index * np.uint64(DIGEST_INDEX_MULTIPLIER)
+    mixed += (bits.astype(np.uint64) + np.uint64(1)) * np.uint64(DIGEST_BITS_MULTIPLIER)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(DIGEST_MIX_MULTIPLIERS[0])
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(DIGEST_MIX_MULTIPLIERS[1])
+    mixed = mixed ^ (mixed >> np.uint64(31))
+    return int(np.sum(mixed, dtype=np.uint64))
+
+
+def _indices(start: int, count: int) -> NDArray[np.uint64]:
+    return np.uint64(start) + np.arange(count, dtype=np.uint64)
+
+
+def _block_words(
+    block: NDArray[np.uint64], name: str, stream: Stream, key: tuple[int, int]
+) -> tuple[Words, Words, Words, Words]:
+    low, high = block & np.uint64(_WORD_MASK), block >> np.uint64(32)
+    return philox((low, high, tensor_word(name), stream), key)
+
+
+def _pick(words: tuple[Words, Words, Words, Words], which: NDArray[np.uint64]) -> Words:
+    """For each element, the word of its block that `which` (0 to 3) names."""
+    picked: Words = np.stack(words, axis=-1)[np.arange(len(which)), which]
+    return picked
+
+
+def _halfwords(
+    index: NDArray[np.uint64], name: str, stream: Stream, key: tuple[int, int]
+) -> NDArray[np.uint16]:
+    """Each element's own 16 bits: eight elements share a block, a word's low half comes first."""
+    element = index % np.uint64(GAUSSIAN_BLOCK)
+    word = _pick(
+        _block_words(index // np.uint64(GAUSSIAN_BLOCK), name, stream, key),
+        element // np.uint64(2),
+    )
+    shift = (element % np.uint64(2) * np.uint64(16)).astype(np.uint32)
+    return (word >> shift).astype(np.uint16)

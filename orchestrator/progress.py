@@ -1,0 +1,104 @@
+"""What the user sees while a run goes on: a live line on a terminal, plain lines elsewhere.
+
+Knows metrics; knows nothing of where they come from.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.metrics import Evaluation, StepMetrics, Summary
+
+PLAIN_LINE_EVERY_S = 10.0
+
+
+class _StepsPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.2f} steps/s" if speed else "- steps/s")
+
+
+class Display:
+    """A run's face on a terminal."""
+
+    def __init__(self, terminal: TextIO, num_steps: int) -> None:
+        self._console = Console(file=terminal, highlight=False)
+        self._num_steps = num_steps
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TextColumn("loss {task.fields[loss]}  |g| {task.fields[gradient]}"),
+            _StepsPerSecond(),
+            TimeRemainingColumn(),
+            TextColumn("left  held-out {task.fields[accuracy]}"),
+            console=self._console,
+        )
+        self._bar = self._progress.add_task(
+            "train", total=num_steps, start=False, loss="-", gradient="-", accuracy="-"
+        )
+        self._last_plain = 0.0
+        self._accuracy = "-"
+
+    def say(self, text: str) -> None:
+        """One line about what is going on; shown at once."""
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def live(self, next_step: int) -> Iterator[None]:
+        """Show the live line within; on a terminal only."""
+        self._progress.update(self._bar, completed=next_step)
+        self._progress.start_task(self._bar)
+        if self._console.is_terminal:
+            self._progress.start()
+        try:
+            yield
+        finally:
+            self._progress.stop()
+
+    def step(self, metrics: StepMetrics) -> None:
+        loss, gradient = f"{metrics.loss:.4f}", f"{metrics.gradient:.2f}"
+        done = metrics.step + 1
+        self._progress.update(self._bar, completed=done, loss=loss, gradient=gradient)
+        if metrics.num_dropped:
+            self.say(f"step {done}: dropped {metrics.num_dropped} seeds whose loss was not finite")
+        if self._console.is_terminal:
+            return
+        now = time.monotonic()
+        if now - self._last_plain > PLAIN_LINE_EVERY_S or done == self._num_steps:
+            self._last_plain = now
+            left = metrics.seconds * (self._num_steps - done)
+            self.say(
+                f"step {done}/{self._num_steps}  loss {loss}  |g| {gradient}  "
+                f"{1 / metrics.seconds:.2f} steps/s  {left:.0f} s left  held-out {self._accuracy}"
+            )
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self._accuracy = f"{evaluation.accuracy:.1%}"
+        self._progress.update(self._bar, accuracy=self._accuracy)
+        self.say(
+            f"after {evaluation.step} steps: {self._accuracy} of {evaluation.num_examples} "
+            f"held-out examples right ({evaluation.seconds:.0f} s)"
+        )
+
+    def result(self, summary: Summary, folder: Path) -> None:
+        """The closing table."""
+        table = Table(title="Held-out accuracy")
+        table.add_column("")
+        table.add_column("accuracy", justify="right")
+        table.add_column("examples", justify="right")
+        examples = str(summary.num_held_out)
+        if summary.baseline_accuracy is not None:
+            table.add_row("zero-shot", f"{summary.baseline_accuracy:.1%}", examples)
+        table.add_row(f"after {summary.steps} steps", f"{summary.final_accuracy:.1%}", examples)
+        self._console.print(table)
+        self.say(
+            f"{summary.wall_s:.0f} s, {summary.evaluations_per_s:.2f} probes/s, "
+            f"{summary.trained_tokens_per_s:.0f} tokens/s\nrun folder: {folder}"
+        )

@@ -1,0 +1,107 @@
+"""Frozen carriers that cross processes, and the Fleet protocol the driver talks to.
+
+Everything here is scalars, seeds, ids and digests: no tensor ever travels. This module knows
+neither how a probe is computed (replica) nor what its loss is used for (estimator).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Split = Literal["train", "test"]
+EXAMPLES_PER_CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One evaluation to be made: the loss at master + sign * eps * z(seed), on these examples.
+
+    `sign` is +1, -1, or 0 for the unperturbed model. `examples` are row ids of the train split.
+    """
+
+    step: int
+    seed: int
+    sign: int
+    eps: float
+    examples: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeLoss:
+    """A probe's scalar: the mean loss over its examples, and how many prompt tokens it scored."""
+
+    value: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepUpdate:
+    """All that a replica needs to take one step: master = master * decay + sum_i c_i * z(seed_i).
+
+    Coefficients and decay are float32 values, so that they mean the same on every machine.
+    """
+
+    step: int
+    seeds: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleScore:
+    """One held-out example: mean log-probability per option (natural logarithm), and the argmax."""
+
+    id: int
+    label: int
+    scores: tuple[float, ...]
+    prediction: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """What a replica says of itself once it is up; the same for every replica of a fleet."""
+
+    model_class: str
+    weights_hash: str
+    num_parameters: int
+    device: str
+    versions: tuple[tuple[str, str], ...]
+
+
+class Fleet(Protocol):
+    """All replicas, behind calls that block until the answer is there.
+
+    `apply` only queues: the updates travel with the next call to each replica, so that a step
+    costs one round trip. Answers come back in the order asked, whoever computed them.
+    """
+
+    def start(self) -> ReplicaInfo: ...
+
+    def apply(self, update: StepUpdate) -> None: ...
+
+    def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]: ...
+
+    def score(self, split: Split, examples: Sequence[int]) -> list[ExampleScore]: ...
+
+    def digests(self) -> dict[str, str]: ...
+
+    def close(self) -> None: ...
+
+
+def probe_groups(probes: Sequence[Probe]) -> list[tuple[Probe, ...]]:
+    """The probes, in order, cut into what one replica gets at a time: those of one seed.
+
+    Both signs of a pair thus run on the same replica, whatever the fleet's size.
+    """
+    return [tuple(group) for _, group in itertools.groupby(probes, lambda probe: probe.seed)]
+
+
+def example_chunks(examples: Sequence[int]) -> list[tuple[int, ...]]:
+    """Held-out examples cut into what one replica gets at a time, whatever the fleet's size."""
+    starts = range(0, len(examples), EXAMPLES_PER_CHUNK)
+    return [tuple(examples[start : start + EXAMPLES_PER_CHUNK]) for start in starts]
+
+
+class FleetError(RuntimeError):
+    """The run cannot go on: no replica is left, or replicas disagree. The ledger is whole."""

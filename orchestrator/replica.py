@@ -1,0 +1,133 @@
+"""A replica: one copy of the model on one engine, and how far along the ledger it stands.
+
+A plain class: knows neither Ray nor what a loss is used for. Every call brings the updates that
+the replica may be missing, so that a call's answer depends on nothing but its arguments.
+"""
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numba
+import torch
+from transformers import AutoTokenizer
+
+from orchestrator import checkpoint, tasks
+from orchestrator.config import Config
+from orchestrator.dense import DenseSpace
+from orchestrator.engine import Engine
+from orchestrator.objectives import option_cross_entropy
+from orchestrator.parameters import canonical_tensors
+from orchestrator.records import ExampleScore, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
+
+RECORDED_PACKAGES = ("sglang", "torch", "transformers", "ray", "numpy")
+
+
+class Replica:
+    """Engine, space and task of one replica."""
+
+    def __init__(self, config: Config, device: str) -> None:
+        """Load everything. `device` is "cpu" or "cuda". Raises ConfigError for what is missing."""
+        folder = checkpoint.locate(config.model.path)
+        threads = config.fleet.threads_per_replica
+        self.engine = Engine(
+            str(folder),
+            dtype=config.model.dtype,
+            device=device,
+            kv_tokens=config.model.kv_tokens,
+            threads=threads,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        self.space = DenseSpace(
+            canonical_tensors(self.engine.model, checkpoint.Checkpoint(folder)),
+            noise=config.estimator.noise,
+            master_dtype=getattr(torch, config.space.master),
+        )
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        self._encoder = _encoder(config, folder)
+        self._next_step = 0
+        self.info = ReplicaInfo(
+            model_class=type(self.engine.model).__name__,
+            weights_hash=checkpoint.weights_hash(folder),
+            num_parameters=self.space.num_parameters,
+            device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            versions=tuple((name, importlib.metadata.version(name)) for name in RECORDED_PACKAGES),
+        )
+
+    def evaluate(self, updates: Sequence[StepUpdate], probes: Sequence[Probe]) -> list[ProbeLoss]:
+        """The probes' losses, at the state that the updates lead to."""
+        self._catch_up(updates)
+        with self.space.probing() as space:
+            losses = []
+            for probe in probes:
+                assert probe.step == self._next_step, f"{probe} at step {self._next_step}"
+                space.perturb(probe.seed, probe.sign * probe.eps)
+                losses.append(self._loss(probe.examples))
+            return losses
+
+    def score(
+        self, updates: Sequence[StepUpdate], split: Split, examples: Sequence[int]
+    ) -> list[ExampleScore]:
+        """Option scores of examples under the trained state, unperturbed."""
+        self._catch_up(updates)
+        encodings = self._encoder.encode(split, examples)
+        scores, _ = self._score(encodings)
+        return [
+            ExampleScore(
+                id=id,
+                label=encoding.label,
+                scores=tuple(options),
+                prediction=max(range(len(options)), key=options.__getitem__),
+            )
+            for id, encoding, options in zip(examples, encodings, scores, strict=True)
+        ]
+
+    def digest(self, updates: Sequence[StepUpdate]) -> str:
+        """Checksum of the trained state that the updates lead to."""
+        self._catch_up(updates)
+        return self.space.digest()
+
+    def close(self) -> None:
+        """Give the engine's memory back."""
+        self.engine.close()
+
+    def _catch_up(self, updates: Sequence[StepUpdate]) -> None:
+        """Apply what is new; updates that were applied before are skipped."""
+        for update in updates:
+            if update.step < self._next_step:
+                continue
+            assert update.step == self._next_step, f"{update.step} after {self._next_step}"
+            self.space.apply(update)
+            self._next_step += 1
+
+    def _loss(self, examples: Sequence[int]) -> ProbeLoss:
+        encodings = self._encoder.encode("train", examples)
+        scores, num_tokens = self._score(encodings)
+        losses = [
+            option_cross_entropy(options, encoding.label)
+            for options, encoding in zip(scores, encodings, strict=True)
+        ]
+        return ProbeLoss(value=sum(losses) / len(losses), num_tokens=num_tokens)
+
+    def _score(self, encodings: Sequence[tasks.Encoding]) -> tuple[list[list[float]], int]:
+        """Mean log-probability per example and option, and the tokens that were computed."""
+        scores = self.engine.score(
+            [sequence for encoding in encodings for sequence in encoding.sequences],
+            [span for encoding in encodings for span in encoding.spans],
+        )
+        means = iter(span.mean for span in scores.spans)
+        return [[next(means) for _ in encoding.spans] for encoding in encodings], scores.num_tokens
+
+
+def _encoder(config: Config, folder: Path) -> tasks.Encoder:
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=config.model.trust_remote_code
+    )
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text)["input_ids"]
+        return ids
+
+    return tasks.Encoder(
+        tasks.load(config.task), tokenize, tokenizer.bos_token_id, config.task.max_length
+    )

@@ -1,0 +1,264 @@
+"""A run from its recipe to its result: folder, fleet, ledger, records and display, wired.
+
+Owns what a run folder is and what may change when it is reopened. Knows no tensors and no
+algorithm: the driver has that.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator import assets, metrics, output, tasks
+from orchestrator.config import Config, ConfigError, load
+from orchestrator.driver import Driver
+from orchestrator.evaluate import accuracy, write_scores
+from orchestrator.metrics import Records, StepMetrics, Summary
+from orchestrator.noise import NOISE_VERSION
+from orchestrator.progress import Display
+from orchestrator.records import Fleet, ReplicaInfo
+from orchestrator.seed_sync import LEDGER_FORMAT, Header, Ledger
+from orchestrator.tasks import TaskData
+
+RUNS_FOLDER = Path("runs")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A checked recipe, its data, and the folder that its records go to."""
+
+    config: Config
+    data: TaskData
+    folder: Path
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.folder / metrics.LEDGER_FILE
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / metrics.LOG_FILE
+
+
+# -------------------------------------------------------------------- folders
+
+
+def choose(path: Path, overrides: Sequence[str]) -> Run:
+    """A new run of a recipe. Raises ConfigError before anything is written or started."""
+    config = load(path, overrides)
+    folder = Path(config.run.dir or RUNS_FOLDER / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run = _checked(config, folder)
+    if run.ledger_path.exists():
+        raise ConfigError(
+            f"run.dir: {folder} holds a run already; continue it with --resume {folder}, or "
+            "choose another folder"
+        )
+    return run
+
+
+def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
+    """The run in a folder; overrides may change what does not decide its ledger."""
+    path = folder / metrics.CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
+    recorded = load(path)
+    for override in overrides:
+        if load(path, [override]).identity() != recorded.identity():
+            raise ConfigError(
+                f"{override}: the run in {folder} has steps that depend on this key; "
+                "what may change is run.eval_every, run.eval_examples, run.check_every, "
+                "fleet.kind and fleet.num_replicas"
+            )
+    run = _checked(load(path, overrides), folder)
+    if run.ledger_path.exists():
+        Ledger.read(run.ledger_path)  # refuse a damaged one before anything starts
+    return run
+
+
+def _checked(config: Config, folder: Path) -> Run:
+    assets.check_model(config.model.path)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
+    return Run(config, tasks.load(config.task), folder)
+
+
+# -------------------------------------------------------------------- verbs
+
+
+def train(run: Run) -> Summary:
+    """Take the run to its last step; the held-out accuracy before and after goes to the user."""
+    config = run.config
+    _make_folder(run)
+    output.divert(run.log_path)
+    display = Display(output.terminal(), config.run.steps)
+    started = time.monotonic()
+    with (
+        _started_fleet(config, run.log_path, display.say) as (fleet, info),
+        _opened_ledger(run, info, display.say) as ledger,
+        _closing(Records(run.folder)) as records,
+    ):
+        speed = Speed()
+        driver = Driver(
+            config,
+            fleet,
+            ledger,
+            [records, display, speed],
+            num_train=len(run.data.train),
+            num_test=len(run.data.test),
+        )
+        if ledger.next_step == 0:
+            display.say(f"zero-shot accuracy on {len(run.data.test)} held-out examples ...")
+            baseline: float | None = driver.evaluate(0)
+        else:
+            baseline = metrics.baseline(run.folder)
+        with display.live(ledger.next_step):
+            driver.train()
+        final = driver.evaluate(config.run.steps)
+        summary = Summary(
+            steps=config.run.steps,
+            wall_s=time.monotonic() - started,
+            evaluations_per_s=speed.per_second(speed.num_probes),
+            trained_tokens_per_s=speed.per_second(speed.num_tokens),
+            baseline_accuracy=baseline,
+            final_accuracy=final,
+            num_held_out=len(run.data.test),
+            digest=driver.check_digests(),
+            versions=dict(info.versions),
+        )
+        records.summary(summary)
+    display.result(summary, run.folder)
+    return summary
+
+
+def evaluate(run: Run, out: Path, *, trained: bool) -> None:
+    """Score all held-out examples, under the base model or the run's trained state."""
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out: {out}: the folder {out.parent} does not exist")
+    log = run.log_path if trained else out.with_suffix(".log")
+    output.divert(log)
+    display = Display(output.terminal(), run.config.run.steps)
+    with _started_fleet(run.config, log, display.say) as (fleet, info):
+        num_steps = 0
+        if trained:
+            _, records = Ledger.read(run.ledger_path, _header(run, info))
+            num_steps = len(records)
+            for record in records:
+                fleet.apply(record.update())
+        scores = fleet.score("test", range(len(run.data.test)))
+    write_scores(out, scores)
+    state = f"after {num_steps} steps" if trained else "base model"
+    display.say(f"{state}: {accuracy(scores):.1%} of {len(scores)} held-out examples right")
+    display.say(f"scores: {out}")
+
+
+# -------------------------------------------------------------------- parts
+
+
+class Speed:
+    """Counts what the steps of this process did, and how long they took."""
+
+    def __init__(self) -> None:
+        self.num_probes = self.num_tokens = 0
+        self.seconds = 0.0
+
+    def step(self, step: StepMetrics) -> None:
+        self.num_probes += step.num_probes
+        self.num_tokens += step.num_tokens
+        self.seconds += step.seconds
+
+    def evaluation(self, evaluation: metrics.Evaluation) -> None:
+        pass
+
+    def per_second(self, count: int) -> float:
+        return count / self.seconds if self.seconds else 0.0
+
+
+def _make_folder(run: Run) -> None:
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / metrics.CONFIG_FILE).write_text(run.config.dump(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.dir: {run.folder}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def _started_fleet(config: Config, log: Path, say: Say) -> Iterator[tuple[Fleet, ReplicaInfo]]:
+    """A fleet whose replicas all stand at the base model."""
+    _prepare_model(config, say)
+    num_replicas = config.fleet.num_replicas
+    say(f"starting {num_replicas} {config.fleet.kind} replica{'s' * (num_replicas > 1)} ...")
+    fleet = _make_fleet(config, log, say)
+    try:
+        info = fleet.start()
+        say(f"{info.model_class}, {info.num_parameters:,} parameters, on {info.device}")
+        yield fleet, info
+    finally:
+        fleet.close()
+
+
+def _prepare_model(config: Config, say: Say) -> None:
+    """Let the user see what would otherwise be a silent first minute."""
+    path = config.model.path
+    if path.endswith(".gguf"):
+        folder = assets.dequantized_folder(assets.resolve_file("model.path", path))
+        if not folder.exists():
+            say(f"de-quantising {path}, this once, into {folder} ...")
+            from orchestrator import checkpoint
+
+            checkpoint.locate(path)
+
+
+def _make_fleet(config: Config, log: Path, say: Say) -> Fleet:
+    """Imports what the kind of fleet needs: Ray here, or torch and SGLang."""
+    if config.fleet.kind == "ray":
+        from orchestrator.actors import ActorFleet
+
+        return ActorFleet(config, log, say)
+    import torch
+
+    from orchestrator import dist_patch
+
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dist_patch.apply(device)
+    from orchestrator.local import LocalFleet  # imports SGLang, which has to follow the patches
+
+    return LocalFleet(config, device)
+
+
+def _header(run: Run, info: ReplicaInfo) -> Header:
+    return Header(
+        format=LEDGER_FORMAT,
+        noise_version=NOISE_VERSION,
+        model=run.config.model.path,
+        weights_hash=info.weights_hash,
+        config_hash=run.config.identity(),
+        data_hash=run.data.fingerprint(),
+        versions=info.versions,
+    )
+
+
+@contextmanager
+def _opened_ledger(run: Run, info: ReplicaInfo, say: Say) -> Iterator[Ledger]:
+    """The run's ledger, new or continued; what was repaired is told."""
+    header = _header(run, info)
+    if run.ledger_path.exists():
+        ledger = Ledger.open(run.ledger_path, header)
+    else:
+        ledger = Ledger.create(run.ledger_path, header)
+    with ledger:
+        for sentence in (*ledger.repairs, *ledger.notes):
+            say(sentence)
+        if ledger.next_step:
+            say(f"continuing after {ledger.next_step} steps")
+        yield ledger
+
+
+@contextmanager
+def _closing(records: Records) -> Iterator[Records]:
+    try:
+        yield records
+    finally:
+        records.close()

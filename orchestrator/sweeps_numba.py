@@ -1,0 +1,452 @@
+"""Sweeps over slices of parameters on a CPU, compiled by numba: perturb, update and digest.
+
+Owns the fast form of noise version 1 for torch tensors in host memory. A sweep reads and writes
+each element once; noise exists only in tiles that stay in the first-level cache. The results are
+the bits that noise.py specifies, whatever the number of threads. It does not know where slices
+come from, what seeds and coefficients mean, or how many threads it should use.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import get_num_threads, njit, prange
+from numpy.typing import NDArray
+
+from orchestrator.noise import (
+    DIGEST_BITS_MULTIPLIER,
+    DIGEST_INDEX_MULTIPLIER,
+    DIGEST_MIX_MULTIPLIERS,
+    GAUSSIAN_BLOCK,
+    PHILOX_KEY_STEPS,
+    PHILOX_MULTIPLIERS,
+    PHILOX_ROUNDS,
+    RADEMACHER_BLOCK,
+    NoiseKind,
+    Stream,
+    TensorRegion,
+    gaussian_magnitudes,
+    split_words,
+    tensor_word,
+)
+
+TILE = 4096  # elements: one thread's scratch then fits in 48 KiB of first-level cache
+RANGES_PER_THREAD = 4  # so that a thread that is held up delays the others less
+SCRATCH = TILE + 2 * RADEMACHER_BLOCK  # elements: a tile may begin and end inside a block
+
+# numba adds a signed to an unsigned integer as float64, so every constant below is unsigned.
+WORD_BITS = np.uint64(32)
+WORD_MASK = np.uint64(0xFFFFFFFF)
+MULTIPLIER_0, MULTIPLIER_1 = (np.uint64(word) for word in PHILOX_MULTIPLIERS)
+KEY_STEP_0, KEY_STEP_1 = (np.uint64(word) for word in PHILOX_KEY_STEPS)
+PERTURBATION = np.uint32(Stream.PERTURBATION)
+ROUNDING = np.uint32(Stream.ROUNDING)
+DIGEST_INDEX = np.uint64(DIGEST_INDEX_MULTIPLIER)
+DIGEST_BITS = np.uint64(DIGEST_BITS_MULTIPLIER)
+DIGEST_MIX_0, DIGEST_MIX_1 = (np.uint64(word) for word in DIGEST_MIX_MULTIPLIERS)
+FLOAT_ONE_BITS = np.uint32(0x3F800000)
+EXPONENT_BITS = np.uint32(0x7F800000)
+BFLOAT16_NAN = np.uint16(0x7FC0)
+
+compiled = njit(fastmath=False, cache=True, nogil=True)
+compiled_parallel = njit(parallel=True, fastmath=False, cache=True, nogil=True)
+
+
+class Frame(NamedTuple):
+    """A slice's shape, the distance of its rows in memory, and its place in the whole tensor.
+
+    `ranges` is the number of parts to work on side by side; results do not depend on it.
+    """
+
+    ranges: int
+    rows: int
+    columns: int
+    memory_stride: int
+    start: int
+    row_stride: int
+
+
+class Source(NamedTuple):
+    """Which noise to draw, and from what."""
+
+    gaussian: bool
+    name_word: np.uint32
+    magnitude_bits: NDArray[np.uint32]
+
+
+def perturb(
+    master: torch.Tensor,
+    live: torch.Tensor,
+    region: TensorRegion,
+    *,
+    kind: NoiseKind,
+    seed: int,
+    coefficient: float,
+) -> None:
+    """Write live = round(master + coefficient * z(seed)), in float32, rounded to nearest even.
+
+    `master` is a contiguous [rows, columns] float32 or bfloat16 tensor; `live` is a view of the
+    same shape, of float32, bfloat16 or float16, with unit column stride. `coefficient` is rounded
+    to float32. Raises ValueError for tensors of another layout.
+    """
+    target = _target(master, live)
+    _perturb(
+        _patterns(master),
+        _patterns(target),
+        _frame(target, region),
+        _source(kind, region),
+        _keys([seed])[0],
+        np.float32(coefficient),
+    )
+    if target is not live:
+        live.copy_(target)
+
+
+def update(
+    master: torch.Tensor,
+    live: torch.Tensor,
+    region: TensorRegion,
+    *,
+    kind: NoiseKind,
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    decay: float,
+    step: int,
+) -> None:
+    """Set master = master * decay + sum_i coefficients[i] * z(seeds[i]), and live = round(master).
+
+    Tensors are as in `perturb`; coefficients and decay are rounded to float32. The sum is float32,
+    in the order of the seeds; no seeds at all are legal. A bfloat16 master is rounded
+    stochastically with the bits of `step`, and live is rounded to nearest even from the stored
+    master. Raises ValueError for tensors of another layout, or unequal seeds and coefficients.
+    """
+    if len(seeds) != len(coefficients):
+        raise ValueError(f"{len(seeds)} seeds but {len(coefficients)} coefficients")
+    target = _target(master, live)
+    _update(
+        _patterns(master),
+        _patterns(target),
+        _frame(target, region),
+        _source(kind, region),
+        _keys(seeds),
+        np.array(coefficients, np.float32),
+        np.float32(decay),
+        _keys([step])[0],
+    )
+    if target is not live:
+        live.copy_(target)
+
+
+def digest(values: torch.Tensor, region: TensorRegion) -> int:
+    """The checksum in [0, 2**64) of the raw bits of a 2-D float32, bfloat16 or float16 tensor.
+
+    The digests of a tensor's shards add up, modulo 2**64, to the digest of the whole tensor.
+    Raises ValueError unless the column stride is 1.
+    """
+    _require_unit_columns(values)
+    partial_sums = _digest(_patterns(values), _frame(values, region))
+    return int(np.sum(partial_sums, dtype=np.uint64))
+
+
+def _target(master: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """Where the kernels write: live itself, or float32 that torch then rounds to float16."""
+    if not master.is_contiguous() or master.shape != live.shape:
+        raise ValueError(f"master must be contiguous and of live's shape {tuple(live.shape)}")
+    _require_unit_columns(live)
+    if live.dtype is torch.float16:
+        return torch.empty(live.shape, dtype=torch.float32)
+    return live
+
+
+def _require_unit_columns(values: torch.Tensor) -> None:
+    if values.shape[1] > 1 and values.stride(1) != 1:
+        raise ValueError(f"columns must be adjacent in memory, but lie {values.stride(1)} apart")
+
+
+def _patterns(values: torch.Tensor) -> NDArray[Any]:
+    """The memory from a view's first to its last element: bit patterns, uint32 or uint16 [n]."""
+    rows, columns = values.shape
+    flat = values.as_strided(((rows - 1) * values.stride(0) + columns,), (1,))
+    pattern = torch.uint32 if values.dtype is torch.float32 else torch.uint16
+    patterns: NDArray[Any] = flat.view(pattern).numpy()
+    return patterns
+
+
+def _frame(values: torch.Tensor, region: TensorRegion) -> Frame:
+    rows, columns = values.shape
+    ranges = get_num_threads() * RANGES_PER_THREAD
+    return Frame(ranges, rows, columns, values.stride(0), region.start, region.row_stride)
+
+
+def _source(kind: NoiseKind, region: TensorRegion) -> Source:
+    magnitude_bits = gaussian_magnitudes().view(np.uint32)
+    return Source(kind == "gaussian", np.uint32(tensor_word(region.name)), magnitude_bits)
+
+
+def _keys(seeds: Sequence[int]) -> NDArray[np.uint32]:
+    """Philox keys [seeds, 2] of 64-bit integers."""
+    return np.array([split_words(seed) for seed in seeds], np.uint32).reshape(len(seeds), 2)
+
+
+@compiled_parallel
+def _perturb(
+    master: NDArray[Any],
+    live: NDArray[Any],
+    frame: Frame,
+    source: Source,
+    key: NDArray[np.uint32],
+    coefficient: np.float32,
+) -> None:
+    tiles = _tile_count(frame)
+    for part in prange(frame.ranges):
+        words = np.empty(SCRATCH // 2, np.uint32)
+        noise = np.empty(SCRATCH, np.float32)
+        for tile in range(tiles * part // frame.ranges, tiles * (part + 1) // frame.ranges):
+            row, column, count = _tile(frame, tile)
+            index = _global_index(frame, row, column)
+            z = _draw(noise, words, source, key, index, count)
+            there = row * frame.columns + column
+            here = row * frame.memory_stride + column
+            _perturb_tile(master[there : there + count], live[here : here + count], z, coefficient)
+
+
+@compiled_parallel
+def _update(
+    master: NDArray[Any],
+    live: NDArray[Any],
+    frame: Frame,
+    source: Source,
+    keys: NDArray[np.uint32],
+    coefficients: NDArray[np.float32],
+    decay: np.float32,
+    rounding_key: NDArray[np.uint32],
+) -> None:
+    tiles = _tile_count(frame)
+    for part in prange(frame.ranges):
+        words = np.empty(SCRATCH // 2, np.uint32)
+        noise = np.empty(SCRATCH, np.float32)
+        total = np.empty(TILE, np.float32)
+        for tile in range(tiles * part // frame.ranges, tiles * (part + 1) // frame.ranges):
+            row, column, count = _tile(frame, tile)
+            index = _global_index(frame, row, column)
+            _clear(total)
+            for i in range(len(keys)):
+                z = _draw(noise, words, source, keys[i], index, count)
+                _accumulate(total[:count], z, coefficients[i])
+            there = row * frame.columns + column
+            here = row * frame.memory_stride + column
+            old = master[there : there + count]
+            new = live[here : here + count]
+            bits = _draw_halfwords(words, source.name_word, ROUNDING, rounding_key, index, count)
+            _update_tile(old, new, total, decay, bits)
+
+
+@compiled_parallel
+def _digest(bits: NDArray[Any], frame: Frame) -> NDArray[np.uint64]:
+    tiles = _tile_count(frame)
+    partial = np.zeros(frame.ranges, np.uint64)
+    for part in prange(frame.ranges):
+        for tile in range(tiles * part // frame.ranges, tiles * (part + 1) // frame.ranges):
+            row, column, count = _tile(frame, tile)
+            here = row * frame.memory_stride + column
+            index = _global_index(frame, row, column)
+            partial[part] += _digest_tile(bits[here : here + count], index)
+    return partial
+
+
+@compiled
+def _tile_count(frame: Frame) -> int:
+    return frame.rows * ((frame.columns + TILE - 1) // TILE)
+
+
+@compiled
+def _tile(frame: Frame, tile: int) -> tuple[int, int, int]:
+    """A tile's row, first column and number of columns."""
+    tiles_per_row = (frame.columns + TILE - 1) // TILE
+    column = tile % tiles_per_row * TILE
+    return tile // tiles_per_row, column, min(TILE, frame.columns - column)
+
+
+@compiled
+def _global_index(frame: Frame, row: int, column: int) -> np.uint64:
+    return np.uint64(frame.start + row * frame.row_stride + column)
+
+
+@compiled
+def _draw(
+    noise: NDArray[np.float32],
+    words: NDArray[np.uint32],
+    source: Source,
+    key: NDArray[np.uint32],
+    index: np.uint64,
+    count: int,
+) -> NDArray[np.float32]:
+    """Noise of the `count` elements from a global index on: a view into `noise`."""
+    noise_bits = noise.view(np.uint32)
+    if source.gaussian:
+        halfwords = _draw_halfwords(words, source.name_word, PERTURBATION, key, index, count)
+        _fill_gaussian(noise_bits, halfwords, source.magnitude_bits)
+        return noise[:count]
+    block = index // np.uint64(RADEMACHER_BLOCK)
+    skipped = np.int64(index % np.uint64(RADEMACHER_BLOCK))
+    blocks = (skipped + count + RADEMACHER_BLOCK - 1) // RADEMACHER_BLOCK
+    _fill_words(words, block, blocks, source.name_word, PERTURBATION, key)
+    _fill_rademacher(noise_bits, words[: 4 * blocks])
+    return noise[skipped : skipped + count]
+
+
+@compiled
+def _draw_halfwords(
+    words: NDArray[np.uint32],
+    name_word: np.uint32,
+    stream: np.uint32,
+    key: NDArray[np.uint32],
+    index: np.uint64,
+    count: int,
+) -> NDArray[np.uint16]:
+    """16 bits for each of the `count` elements from a global index on: a view into `words`."""
+    block = index // np.uint64(GAUSSIAN_BLOCK)
+    skipped = np.int64(index % np.uint64(GAUSSIAN_BLOCK))
+    blocks = (skipped + count + GAUSSIAN_BLOCK - 1) // GAUSSIAN_BLOCK
+    _fill_words(words, block, blocks, name_word, stream, key)
+    # words are stored low half first, as on every machine that this runs on
+    return words.view(np.uint16)[skipped : skipped + count]
+
+
+@compiled
+def _fill_words(
+    words: NDArray[np.uint32],
+    first_block: np.uint64,
+    blocks: int,
+    name_word: np.uint32,
+    stream: np.uint32,
+    key: NDArray[np.uint32],
+) -> None:
+    """Philox4x32-10 of consecutive blocks, four words each."""
+    first_key_0 = np.uint64(key[0])
+    first_key_1 = np.uint64(key[1])
+    for i in range(blocks):
+        block = first_block + np.uint64(i)
+        counter_0 = block & WORD_MASK
+        counter_1 = block >> WORD_BITS
+        counter_2 = np.uint64(name_word)
+        counter_3 = np.uint64(stream)
+        key_0 = first_key_0
+        key_1 = first_key_1
+        for _ in range(PHILOX_ROUNDS):
+            product_0 = counter_0 * MULTIPLIER_0
+            product_1 = counter_2 * MULTIPLIER_1
+            counter_0 = (product_1 >> WORD_BITS) ^ counter_1 ^ key_0
+            counter_1 = product_1 & WORD_MASK
+            counter_2 = (product_0 >> WORD_BITS) ^ counter_3 ^ key_1
+            counter_3 = product_0 & WORD_MASK
+            key_0 = (key_0 + KEY_STEP_0) & WORD_MASK
+            key_1 = (key_1 + KEY_STEP_1) & WORD_MASK
+        words[4 * i] = np.uint32(counter_0)
+        words[4 * i + 1] = np.uint32(counter_1)
+        words[4 * i + 2] = np.uint32(counter_2)
+        words[4 * i + 3] = np.uint32(counter_3)
+
+
+@compiled
+def _fill_gaussian(
+    noise_bits: NDArray[np.uint32],
+    halfwords: NDArray[np.uint16],
+    magnitude_bits: NDArray[np.uint32],
+) -> None:
+    for i in range(len(halfwords)):
+        halfword = halfwords[i]
+        sign = np.uint32(halfword << 31)
+        noise_bits[i] = magnitude_bits[halfword >> 6] | sign
+
+
+@compiled
+def _fill_rademacher(noise_bits: NDArray[np.uint32], words: NDArray[np.uint32]) -> None:
+    for i in range(len(words)):
+        word = words[i]
+        for bit in range(32):
+            sign = np.uint32(word >> np.uint32(bit)) << np.uint32(31)
+            noise_bits[32 * i + bit] = FLOAT_ONE_BITS | sign
+
+
+@compiled
+def _perturb_tile(
+    master: NDArray[Any], live: NDArray[Any], z: NDArray[np.float32], coefficient: np.float32
+) -> None:
+    for i in range(len(master)):
+        _store_nearest(live, i, _load(master, i) + coefficient * z[i])
+
+
+@compiled
+def _clear(total: NDArray[np.float32]) -> None:
+    for i in range(len(total)):
+        total[i] = np.float32(0)
+
+
+@compiled
+def _accumulate(
+    total: NDArray[np.float32], z: NDArray[np.float32], coefficient: np.float32
+) -> None:
+    for i in range(len(total)):
+        total[i] = total[i] + coefficient * z[i]
+
+
+@compiled
+def _update_tile(
+    master: NDArray[Any],
+    live: NDArray[Any],
+    total: NDArray[np.float32],
+    decay: np.float32,
+    bits: NDArray[np.uint16],
+) -> None:
+    for i in range(len(master)):
+        _store_stochastic(master, i, _load(master, i) * decay + total[i], bits[i])
+        _store_nearest(live, i, _load(master, i))
+
+
+@compiled
+def _digest_tile(bits: NDArray[Any], index: np.uint64) -> np.uint64:
+    total = np.uint64(0)
+    for i in range(len(bits)):
+        mixed = (index + np.uint64(i)) * DIGEST_INDEX
+        mixed += (np.uint64(bits[i]) + np.uint64(1)) * DIGEST_BITS
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * DIGEST_MIX_0
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * DIGEST_MIX_1
+        total += mixed ^ (mixed >> np.uint64(31))
+    return total
+
+
+@compiled
+def _load(patterns: NDArray[Any], i: int) -> np.float32:
+    """The value of a float32 or bfloat16 bit pattern."""
+    if patterns.itemsize == 4:
+        return np.uint32(patterns[i]).view(np.float32)
+    return np.uint32(np.uint32(patterns[i]) << np.uint32(16)).view(np.float32)
+
+
+@compiled
+def _store_nearest(patterns: NDArray[Any], i: int, value: np.float32) -> None:
+    """Store a float32, or the bfloat16 nearest to it (of two, the even one)."""
+    bits = np.float32(value).view(np.uint32)
+    if patterns.itemsize == 4:
+        patterns[i] = bits
+    elif np.isnan(value):
+        patterns[i] = BFLOAT16_NAN
+    else:
+        is_odd = (bits >> np.uint32(16)) & np.uint32(1)
+        patterns[i] = np.uint32(bits + np.uint32(0x7FFF) + is_odd) >> np.uint32(16)
+
+
+@compiled
+def _store_stochastic(
+    patterns: NDArray[Any], i: int, value: np.float32, rounding_bits: np.uint16
+) -> None:
+    """Store a float32, or one of the two bfloat16 around it, by chance in proportion."""
+    bits = np.float32(value).view(np.uint32)
+    if patterns.itemsize == 4:
+        patterns[i] = bits
+    elif bits & EXPONENT_BITS == EXPONENT_BITS:
+        patterns[i] = bits >> np.uint32(16)
+    else:
+        patterns[i] = np.uint32(bits + np.uint32(rounding_bits)) >> np.uint32(16)

@@ -1,0 +1,407 @@
+"""Sweeps over slices of parameters on a CUDA device, in Triton: perturb, update and digest.
+
+Owns the device form of noise version 1. A sweep is one launch that reads and writes each element
+once; noise exists only in registers. The results are the bits that noise.py specifies. Launches
+forbid fused multiply-add, which would round differently from a CPU. It does not know where slices
+come from or what seeds and coefficients mean.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from orchestrator.noise import (
+    DIGEST_BITS_MULTIPLIER,
+    DIGEST_INDEX_MULTIPLIER,
+    DIGEST_MIX_MULTIPLIERS,
+    GAUSSIAN_BLOCK,
+    RADEMACHER_BLOCK,
+    NoiseKind,
+    Stream,
+    TensorRegion,
+    gaussian_magnitudes,
+    tensor_word,
+)
+
+# Elements of one program. Rademacher tiles are larger: a block of words serves more elements.
+GAUSSIAN_TILE = 1024
+RADEMACHER_TILE = 4096
+DIGEST_TILE = 1024
+MAGNITUDE_COUNT = 1024
+
+HALFWORDS_PER_BLOCK = tl.constexpr(GAUSSIAN_BLOCK)
+BITS_PER_BLOCK = tl.constexpr(RADEMACHER_BLOCK)
+PERTURBATION = tl.constexpr(int(Stream.PERTURBATION))
+ROUNDING = tl.constexpr(int(Stream.ROUNDING))
+DIGEST_INDEX = tl.constexpr(DIGEST_INDEX_MULTIPLIER)
+DIGEST_BITS = tl.constexpr(DIGEST_BITS_MULTIPLIER)
+DIGEST_MIX_0 = tl.constexpr(DIGEST_MIX_MULTIPLIERS[0])
+DIGEST_MIX_1 = tl.constexpr(DIGEST_MIX_MULTIPLIERS[1])
+EXPONENT_BITS = tl.constexpr(0x7F800000)
+BFLOAT16_NAN = tl.constexpr(0x7FC0)
+
+
+class Cut(NamedTuple):
+    """How a slice is cut into tiles, one a program.
+
+    Tiles begin where blocks of words begin. A slice is `aligned` if all its rows do so too, which
+    lets the kernels load and store whole vectors.
+    """
+
+    programs: int
+    tiles_per_row: int
+    tile: int
+    aligned: bool
+
+
+def perturb(
+    master: torch.Tensor,
+    live: torch.Tensor,
+    region: TensorRegion,
+    *,
+    kind: NoiseKind,
+    seed: int,
+    coefficient: float,
+) -> None:
+    """Write live = round(master + coefficient * z(seed)), in float32, rounded to nearest even.
+
+    `master` is a contiguous [rows, columns] float32 or bfloat16 tensor; `live` is a view of the
+    same shape, of float32, bfloat16 or float16, with unit column stride. `coefficient` is rounded
+    to float32. Raises ValueError for tensors of another layout.
+    """
+    _check_layout(master, live)
+    cut = _cut(master, region, kind)
+    with torch.cuda.device_of(master):
+        _perturb[(cut.programs,)](
+            _patterns(master),
+            _patterns(live),
+            _magnitudes(master.device),
+            cut.tiles_per_row,
+            master.shape[1],
+            live.stride(0),
+            region.start,
+            region.row_stride,
+            tensor_word(region.name),
+            seed,
+            coefficient,
+            GAUSSIAN=kind == "gaussian",
+            ALIGNED=cut.aligned,
+            TILE=cut.tile,
+            enable_fp_fusion=False,
+        )
+
+
+def update(
+    master: torch.Tensor,
+    live: torch.Tensor,
+    region: TensorRegion,
+    *,
+    kind: NoiseKind,
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    decay: float,
+    step: int,
+) -> None:
+    """Set master = master * decay + sum_i coefficients[i] * z(seeds[i]), and live = round(master).
+
+    Tensors are as in `perturb`; coefficients and decay are rounded to float32. The sum is float32,
+    in the order of the seeds; no seeds at all are legal. A bfloat16 master is rounded
+    stochastically with the bits of `step`, and live is rounded to nearest even from the stored
+    master. Raises ValueError for tensors of another layout, or unequal seeds and coefficients.
+    """
+    if len(seeds) != len(coefficients):
+        raise ValueError(f"{len(seeds)} seeds but {len(coefficients)} coefficients")
+    _check_layout(master, live)
+    cut = _cut(master, region, kind)
+    with torch.cuda.device_of(master):
+        _update[(cut.programs,)](
+            _patterns(master),
+            _patterns(live),
+            _magnitudes(master.device),
+            torch.tensor(seeds, dtype=torch.uint64).to(master.device, non_blocking=True),
+            torch.tensor(coefficients, dtype=torch.float32).to(master.device, non_blocking=True),
+            len(seeds),
+            cut.tiles_per_row,
+            master.shape[1],
+            live.stride(0),
+            region.start,
+            region.row_stride,
+            tensor_word(region.name),
+            step,
+            decay,
+            GAUSSIAN=kind == "gaussian",
+            ALIGNED=cut.aligned,
+            TILE=cut.tile,
+            enable_fp_fusion=False,
+        )
+
+
+def digest(values: torch.Tensor, region: TensorRegion) -> int:
+    """The checksum in [0, 2**64) of the raw bits of a 2-D float32, bfloat16 or float16 tensor.
+
+    The digests of a tensor's shards add up, modulo 2**64, to the digest of the whole tensor.
+    Waits for the device. Raises ValueError unless the column stride is 1.
+    """
+    _require_unit_columns(values)
+    rows, columns = values.shape
+    tiles = triton.cdiv(columns, DIGEST_TILE)
+    partial_sums = torch.empty(rows * tiles, dtype=torch.int64, device=values.device)
+    bits = values.view(torch.uint32 if values.dtype is torch.float32 else torch.uint16)
+    with torch.cuda.device_of(values):
+        _digest[(rows * tiles,)](
+            bits,
+            partial_sums,
+            tiles,
+            columns,
+            values.stride(0),
+            region.start,
+            region.row_stride,
+            TILE=DIGEST_TILE,
+        )
+    return int(partial_sums.sum()) % 2**64
+
+
+def _check_layout(master: torch.Tensor, live: torch.Tensor) -> None:
+    if not master.is_contiguous() or master.shape != live.shape:
+        raise ValueError(f"master must be contiguous and of live's shape {tuple(live.shape)}")
+    _require_unit_columns(live)
+
+
+def _require_unit_columns(values: torch.Tensor) -> None:
+    if values.shape[1] > 1 and values.stride(1) != 1:
+        raise ValueError(f"columns must be adjacent in memory, but lie {values.stride(1)} apart")
+
+
+def _patterns(values: torch.Tensor) -> torch.Tensor:
+    """bfloat16 as uint16: the kernels round it with integers, alike on every device."""
+    return values.view(torch.uint16) if values.dtype is torch.bfloat16 else values
+
+
+def _cut(master: torch.Tensor, region: TensorRegion, kind: NoiseKind) -> Cut:
+    rows, columns = master.shape
+    block = GAUSSIAN_BLOCK if kind == "gaussian" else RADEMACHER_BLOCK
+    tile = GAUSSIAN_TILE if kind == "gaussian" else RADEMACHER_TILE
+    aligned = region.start % block == 0 and region.row_stride % block == 0
+    tiles = triton.cdiv(columns if aligned else columns + block - 1, tile)
+    return Cut(rows * tiles, tiles, tile, aligned)
+
+
+@cache
+def _magnitudes(device: torch.device) -> torch.Tensor:
+    return torch.tensor(gaussian_magnitudes(), device=device)
+
+
+@triton.jit(do_not_specialize=["tiles", "start", "row_stride", "name_word", "seed"])
+def _perturb(
+    master: tl.tensor,
+    live: tl.tensor,
+    magnitudes: tl.tensor,
+    tiles: tl.int32,
+    columns: tl.int64,
+    live_stride: tl.int64,
+    start: tl.int64,
+    row_stride: tl.int64,
+    name_word: tl.uint32,
+    seed: tl.uint64,
+    coefficient: tl.float32,
+    GAUSSIAN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    row, column, index = _tile(tiles, start, row_stride, GAUSSIAN, ALIGNED, TILE)
+    inside = (column >= 0) & (column < columns)
+    value = _load(master, row * columns + column, inside)
+    z = _noise(seed, name_word, index, magnitudes, GAUSSIAN, TILE)
+    _store_nearest(live, row * live_stride + column, value + coefficient * z, inside)
+
+
+@triton.jit(
+    do_not_specialize=["count", "tiles", "start", "row_stride", "name_word", "step"],
+)
+def _update(
+    master: tl.tensor,
+    live: tl.tensor,
+    magnitudes: tl.tensor,
+    seeds: tl.tensor,
+    coefficients: tl.tensor,
+    count: tl.int32,
+    tiles: tl.int32,
+    columns: tl.int64,
+    live_stride: tl.int64,
+    start: tl.int64,
+    row_stride: tl.int64,
+    name_word: tl.uint32,
+    step: tl.uint64,
+    decay: tl.float32,
+    GAUSSIAN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    row, column, index = _tile(tiles, start, row_stride, GAUSSIAN, ALIGNED, TILE)
+    inside = (column >= 0) & (column < columns)
+    total = tl.zeros([TILE], tl.float32)
+    for i in range(count):
+        z = _noise(tl.load(seeds + i), name_word, index, magnitudes, GAUSSIAN, TILE)
+        total = total + tl.load(coefficients + i) * z
+    value = _load(master, row * columns + column, inside) * decay + total
+    if master.dtype.element_ty == tl.uint16:
+        rounding = _halfwords(step, name_word, ROUNDING, index, TILE)
+        bits = _round_stochastically(value, rounding)
+        tl.store(master + row * columns + column, bits.to(tl.uint16), mask=inside)
+        value = (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        tl.store(master + row * columns + column, value, mask=inside)
+    _store_nearest(live, row * live_stride + column, value, inside)
+
+
+@triton.jit(do_not_specialize=["tiles", "start", "row_stride"])
+def _digest(
+    values: tl.tensor,
+    partial_sums: tl.tensor,
+    tiles: tl.int32,
+    columns: tl.int64,
+    memory_stride: tl.int64,
+    start: tl.int64,
+    row_stride: tl.int64,
+    TILE: tl.constexpr,
+) -> None:
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64)
+    column = (program % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = column < columns
+    bits = tl.load(values + row * memory_stride + column, mask=inside, other=0).to(tl.uint64)
+    index = (start + row * row_stride + column).to(tl.uint64)
+    mixed = index * DIGEST_INDEX + (bits + 1) * DIGEST_BITS
+    mixed = (mixed ^ (mixed >> 30)) * DIGEST_MIX_0
+    mixed = (mixed ^ (mixed >> 27)) * DIGEST_MIX_1
+    mixed = mixed ^ (mixed >> 31)
+    signed = tl.where(inside, mixed.to(tl.int64, bitcast=True), 0)
+    tl.store(partial_sums + program, tl.sum(signed, axis=0))
+
+
+@triton.jit
+def _tile(
+    tiles: tl.tensor,
+    start: tl.tensor,
+    row_stride: tl.tensor,
+    GAUSSIAN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """This program's row, its columns [TILE], and the global index of the first of them.
+
+    The index is a multiple of the block size, so the first columns of a row may be negative.
+    """
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64)
+    within_row = (program % tiles).to(tl.int64) * TILE
+    row_index = start + row * row_stride
+    column = within_row + tl.arange(0, TILE)
+    index = row_index + within_row
+    if not ALIGNED:
+        skipped = row_index % (HALFWORDS_PER_BLOCK if GAUSSIAN else BITS_PER_BLOCK)
+        column -= skipped
+        index -= skipped
+    return row, column, index
+
+
+@triton.jit
+def _noise(
+    seed: tl.tensor,
+    name_word: tl.tensor,
+    index: tl.tensor,
+    magnitudes: tl.tensor,
+    GAUSSIAN: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """Noise z, float32 [TILE], of the elements from a global index on."""
+    if GAUSSIAN:
+        halfwords = _halfwords(seed, name_word, PERTURBATION, index, TILE)
+        magnitude = tl.load(magnitudes + (halfwords >> 6).to(tl.int32))
+        z = tl.where((halfwords & 1) != 0, -magnitude, magnitude)
+    else:
+        negative = _bits(seed, name_word, PERTURBATION, index, TILE)
+        z = tl.where(negative != 0, -1.0, 1.0)
+    return z
+
+
+@triton.jit
+def _halfwords(
+    seed: tl.tensor,
+    name_word: tl.tensor,
+    stream: tl.constexpr,
+    index: tl.tensor,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """16 bits, as uint32 [TILE], for each element from a global index on."""
+    BLOCKS: tl.constexpr = TILE // HALFWORDS_PER_BLOCK
+    words = _words(seed, name_word, stream, index // HALFWORDS_PER_BLOCK, BLOCKS)
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [TILE])
+
+
+@triton.jit
+def _bits(
+    seed: tl.tensor,
+    name_word: tl.tensor,
+    stream: tl.constexpr,
+    index: tl.tensor,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """One bit, as uint32 [TILE], for each element from a global index on."""
+    BLOCKS: tl.constexpr = TILE // BITS_PER_BLOCK
+    words = _words(seed, name_word, stream, index // BITS_PER_BLOCK, BLOCKS)
+    shift = tl.arange(0, 32).to(tl.uint32)
+    return tl.reshape((words[:, None] >> shift[None, :]) & 1, [TILE])
+
+
+@triton.jit
+def _words(
+    seed: tl.tensor,
+    name_word: tl.tensor,
+    stream: tl.constexpr,
+    first_block: tl.tensor,
+    BLOCKS: tl.constexpr,
+) -> tl.tensor:
+    """The words, uint32 [4 * BLOCKS], of consecutive Philox4x32-10 blocks."""
+    block = first_block + tl.arange(0, BLOCKS)
+    low = block.to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    name = tl.zeros_like(low) + name_word.to(tl.uint32)
+    word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, name, tl.zeros_like(low) + stream)
+    # join makes a new last dimension: words come out in the order 0, 1, 2, 3 of each block
+    return tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [4 * BLOCKS])
+
+
+@triton.jit
+def _load(stored: tl.tensor, offsets: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    """float32 values of float32, or of bfloat16 patterns."""
+    values = tl.load(stored + offsets, mask=inside, other=0)
+    if stored.dtype.element_ty == tl.uint16:
+        values = (values.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return values
+
+
+@triton.jit
+def _store_nearest(
+    stored: tl.tensor, offsets: tl.tensor, values: tl.tensor, inside: tl.tensor
+) -> None:
+    """Store float32 as float32, float16 or bfloat16 patterns, rounded to nearest even."""
+    if stored.dtype.element_ty == tl.uint16:
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(values != values, BFLOAT16_NAN, rounded)
+        tl.store(stored + offsets, rounded.to(tl.uint16), mask=inside)
+    else:
+        tl.store(stored + offsets, values.to(stored.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _round_stochastically(values: tl.tensor, rounding: tl.tensor) -> tl.tensor:
+    """bfloat16 patterns, as uint32: one of the two around a value, by chance in proportion."""
+    bits = values.to(tl.uint32, bitcast=True)
+    is_finite = (bits & EXPONENT_BITS) != EXPONENT_BITS
+    return (bits + tl.where(is_finite, rounding, 0)) >> 16

@@ -1,0 +1,141 @@
+"""Tiny models with random weights, made on the spot, and engines shared by the whole session.
+
+SGLang takes some twelve seconds to import, so it is imported once, here, after the patches.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import dist_patch, environment
+
+environment.prepare(threads=2)
+
+import torch  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+dist_patch.apply(DEVICE)
+
+from orchestrator.engine import Engine  # noqa: E402
+
+WORDS = "a bad dull film good great it lovely poor so terrible the was what".split()
+VOCABULARY = {word: index for index, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
+SIZES: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+GATED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 96}
+MAKERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED, tie_word_embeddings=False)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GATED, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GATED, head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def make_model(folder: Path, family: str, seed: int = 0) -> Path:
+    """A Hugging Face folder with random weights large enough to tell options apart."""
+    torch.manual_seed(seed)
+    model = MAKERS[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: make_model(root / family, family) for family in MAKERS}
+
+
+@pytest.fixture(scope="session")
+def engines(model_folders: dict[str, Path]) -> Callable[[str], Engine]:
+    """A float32 engine per family, with a KV pool small enough that batches get split."""
+    made: dict[str, Engine] = {}
+
+    def get(family: str) -> Engine:
+        if family not in made:
+            made[family] = Engine(
+                str(model_folders[family]),
+                dtype="float32",
+                device=DEVICE,
+                kv_tokens=256,
+                threads=2,
+            )
+        return made[family]
+
+    return get
+
+
+def write_rows(path: Path, num_rows: int, seed: int = 0) -> Path:
+    """Labelled word salad: a sentence, and whether more good than bad words are in it."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(num_rows):
+            words = draw.choices(WORDS, k=draw.randint(3, 14))
+            good = sum(word in ("good", "great", "lovely") for word in words)
+            bad = sum(word in ("bad", "dull", "poor", "terrible") for word in words)
+            file.write(json.dumps({"sentence": " ".join(words), "label": int(good > bad)}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipe(
+    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]
+) -> dict[str, Any]:
+    """A small recipe, as the dictionary that a YAML file would hold."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "model": {
+            "path": str(model_folders["llama"]),
+            "dtype": "float32",
+            "device": DEVICE,
+            "kv_tokens": 512,
+        },
+        "estimator": {
+            "num_seeds": 2,
+            "batch_size": 4,
+            "eps": 1e-3,
+            "lr": 1e-3,
+            "schedule": "cosine",
+            "warmup_steps": 2,
+            "weight_decay": 0.1,
+        },
+        "task": {
+            "preset": "sst2",
+            "train": {"path": str(write_rows(folder / "train.jsonl", 40))},
+            "test": {"path": str(write_rows(folder / "test.jsonl", 50, seed=1))},
+        },
+        "fleet": {"kind": "local", "num_replicas": 1, "threads_per_replica": 1},
+        "run": {"steps": 6, "seed": 3, "check_every": 2},
+    }

@@ -1,0 +1,145 @@
+"""The engine against transformers on the same weights, and its bookkeeping of slots."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from transformers import AutoModelForCausalLM
+
+from orchestrator.config import ConfigError
+from orchestrator.engine import Engine
+
+Engines = Callable[[str], Engine]
+
+
+def ragged(seed: int, count: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Random sequences, each with a span that may stand anywhere but at the very start."""
+    draw = random.Random(seed)
+    sequences = [
+        [draw.randrange(len(VOCABULARY)) for _ in range(draw.randint(2, 60))] for _ in range(count)
+    ]
+    spans = []
+    for tokens in sequences:
+        start = draw.randrange(1, len(tokens))
+        spans.append((start, draw.randint(start + 1, len(tokens))))
+    return sequences, spans
+
+
+@torch.no_grad()
+def reference_sums(
+    folder: Path, sequences: list[list[int]], spans: list[tuple[int, int]]
+) -> list[float]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sums = []
+    for tokens, (start, end) in zip(sequences, spans, strict=True):
+        logprobs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        sums.append(sum(float(logprobs[p - 1, tokens[p]]) for p in range(start, end)))
+    return sums
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("namespace", [None, "a state"])
+def test_scores_equal_transformers(
+    family: str, namespace: str | None, engines: Engines, model_folders: dict[str, Path]
+) -> None:
+    sequences, spans = ragged(seed=0, count=50)
+    expected = reference_sums(model_folders[family], sequences, spans)
+    scores = engines(family).score(sequences, spans, namespace).spans
+    for score, total, (start, end) in zip(scores, expected, spans, strict=True):
+        assert score.sum == pytest.approx(total, abs=1e-4 * (end - start))
+        assert score.mean == pytest.approx(total / (end - start), abs=1e-4)
+
+
+def test_sequences_that_differ_in_their_last_token_are_computed_once(engines: Engines) -> None:
+    prompt = [3, 4, 5, 6]
+    scores = engines("llama").score([[*prompt, 7], [*prompt, 8]], [(4, 5), (4, 5)])
+    assert scores.num_tokens == len(prompt)
+    alone = engines("llama").score([[*prompt, 8]], [(4, 5)])
+    assert scores.spans[1].sum == pytest.approx(alone.spans[0].sum, abs=1e-6)
+
+
+def test_all_options_together_have_probability_one(engines: Engines) -> None:
+    sequences = [[0, 5, 9, token] for token in range(len(VOCABULARY))]
+    scores = engines("opt").score(sequences, [(3, 4)] * len(sequences))
+    total = torch.tensor([score.sum for score in scores.spans]).exp().sum()
+    assert float(total) == pytest.approx(1, abs=1e-5)
+
+
+def test_an_entry_is_reused_in_its_own_namespace_only(engines: Engines) -> None:
+    engine = engines("llama")
+    context, first, second = list(range(3, 17)) * 2, [3, 4, 5], [6, 7]
+    start = len(context)
+    engine.score([context + first], [(start, start + 3)], "weights of step 1")
+    fresh = engine.score([context + second], [(start, start + 2)])
+    same = engine.score([context + second], [(start, start + 2)], "weights of step 1")
+    other = engine.score([context + second], [(start, start + 2)], "weights of step 2")
+    assert (fresh.num_reused, other.num_reused) == (0, 0)
+    assert same.num_reused == start - 1  # the position before the span is needed for its logits
+    assert same.spans[0].sum == pytest.approx(fresh.spans[0].sum, abs=1e-5)
+
+
+def test_without_a_namespace_nothing_is_reused_or_kept(engines: Engines) -> None:
+    engine = engines("qwen3")
+    sequences, spans = ragged(seed=2, count=5)
+    before = engine.free_slots()
+    assert engine.score(sequences, spans) == engine.score(sequences, spans)
+    assert engine.free_slots() == before
+    assert engine._cache.total_size() == 0
+
+
+def test_batches_larger_than_the_pool_are_split(engines: Engines) -> None:
+    engine = engines("llama")
+    sequences, spans = ragged(seed=3, count=40)
+    assert sum(map(len, sequences)) > 4 * 256
+    together = engine.score(sequences, spans)
+    for tokens, span, score in list(zip(sequences, spans, together.spans, strict=True))[:5]:
+        alone = engine.score([tokens], [span]).spans[0]
+        assert score.sum == pytest.approx(alone.sum, abs=1e-4)
+
+
+def test_the_same_call_gives_the_same_bits(engines: Engines) -> None:
+    sequences, spans = ragged(seed=4, count=30)
+    first = engines("opt").score(sequences, spans)
+    engines("llama").score(sequences, spans)  # another engine of the process in between
+    assert engines("opt").score(sequences, spans) == first
+
+
+@pytest.mark.slow
+def test_ten_thousand_scorings_leave_the_pool_as_it_was(engines: Engines) -> None:
+    engine = engines("llama")
+    before = engine.free_slots()
+    draw = random.Random(5)
+    for round in range(200):
+        sequences, spans = ragged(seed=round, count=50)
+        engine.score(sequences, spans, draw.choice([None, f"state {round % 7}"]))
+        assert engine.free_slots() == before
+    assert engine._cache.protected_size() == 0
+
+
+def test_a_sequence_longer_than_the_pool_is_refused_with_both_numbers(engines: Engines) -> None:
+    with pytest.raises(ConfigError, match=r"300 tokens exceeds the 25\d .* model.kv_tokens"):
+        engines("llama").score([[3] * 301], [(300, 301)])
+
+
+@pytest.mark.parametrize("span", [(0, 2), (2, 2), (2, 4)])
+def test_a_span_outside_its_sequence_is_refused(span: tuple[int, int], engines: Engines) -> None:
+    with pytest.raises(ValueError, match="span"):
+        engines("llama").score([[3, 4, 5]], [span])
+
+
+def test_a_failing_forward_gives_its_slots_back(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines("qwen2")
+    before = engine.free_slots()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("as if out of memory")
+
+    monkeypatch.setattr(engine._runner, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.score([[3, 4, 5]], [(1, 3)], "a state")
+    assert engine.free_slots() == before

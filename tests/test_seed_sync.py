@@ -1,0 +1,489 @@
+"""The ledger file: its bytes, what survives a crash or a full disk, and what is refused."""
+
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.records import StepUpdate
+from orchestrator.seed_sync import Header, Ledger, LedgerError, StepRecord
+
+HEADER = Header(
+    format=1,
+    noise_version=1,
+    model="tiny",
+    weights_hash="aa",
+    config_hash="bb",
+    data_hash="cc",
+    versions=(("python", "3.11.9"), ("sglang", "0.5.3")),
+)
+HEADER_LINE = (
+    b'{"format":1,"noise_version":1,"model":"tiny","weights_hash":"aa","config_hash":"bb",'
+    b'"data_hash":"cc",'
+    b'"versions":[["python","3.11.9"],["sglang","0.5.3"]],"crc":"XXXX"}\n'
+)
+STEP = StepRecord(
+    step=0,
+    seeds=(7, 2**64 - 1),
+    losses=((0.5, 0.25), (None, 1e-300)),
+    coefficients=(-0.125, None),
+    decay=0.9999899864196777,
+    eps=1e-3,
+    lr=1e-6,
+    examples_hash="ab12",
+)
+STEP_LINE = (
+    b'{"step":0,"seeds":[7,18446744073709551615],"losses":[[0.5,0.25],[null,1e-300]],'
+    b'"coefficients":[-0.125,null],"decay":0.9999899864196777,"eps":0.001,"lr":1e-06,'
+    b'"examples_hash":"ab12","dropped":[1],"crc":"825cd491"}\n'
+)
+
+
+def steps(number: int) -> list[StepRecord]:
+    return [replace(STEP, step=step, seeds=(step, 2**63 + step)) for step in range(number)]
+
+
+def write(path: Path, records: list[StepRecord]) -> bytes:
+    with Ledger.create(path, HEADER) as ledger:
+        for record in records:
+            ledger.append(record)
+    return path.read_bytes()
+
+
+def sealed(members: dict[str, Any]) -> bytes:
+    """A line with the right crc, whatever it holds; written independently of the module."""
+    text = json.dumps(members, separators=(",", ":"))
+    return f'{text[:-1]},"crc":"{zlib.crc32(text.encode()):08x}"}}\n'.encode()
+
+
+def assert_refused(path: Path, *words: str) -> None:
+    before = path.read_bytes()
+    for attempt in (lambda: Ledger.open(path, HEADER), lambda: Ledger.read(path)):
+        with pytest.raises(LedgerError) as caught:
+            attempt()
+        assert all(word in str(caught.value) for word in (str(path), *words)), str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.jsonl"
+
+
+# What is written
+
+
+def test_bytes_are_those_that_earlier_versions_wrote(path: Path) -> None:
+    assert write(path, [STEP]) == HEADER_LINE + STEP_LINE
+    for line in (HEADER_LINE, STEP_LINE):
+        members = json.loads(line)
+        del members["crc"]
+        assert sealed(members) == line
+
+
+def test_nothing_is_said_of_dropped_seeds_where_there_are_none(path: Path) -> None:
+    assert b"dropped" not in write(path, [replace(STEP, coefficients=(1.0, 2.0))])
+
+
+def test_round_trip(path: Path) -> None:
+    write(path, steps(3))
+    assert Ledger.read(path) == (HEADER, steps(3))
+    with Ledger.open(path, HEADER) as ledger:
+        assert (ledger.header, ledger.records, ledger.next_step) == (HEADER, steps(3), 3)
+        assert (ledger.repairs, ledger.notes) == ((), ())
+
+
+def test_text_outside_ascii_survives(path: Path) -> None:
+    header = replace(HEADER, model='m\u00fcller/"\\\n\u2028')
+    Ledger.create(path, header).close()
+    assert path.read_bytes().isascii()
+    assert Ledger.read(path)[0] == header
+
+
+def test_floats_survive_exactly(path: Path) -> None:
+    edges = (5e-324, 2.2250738585072014e-308, 1.7976931348623157e308, 0.1, 1 / 3, -1e22, 1e16, 0.0)
+    spread = (math.ldexp(1 + i / 7919, 37 * i % 2000 - 1000) for i in range(500))
+    values = (*edges, *spread)
+    record = replace(
+        STEP, seeds=(0,) * len(values), losses=tuple((v, -v) for v in values), coefficients=values
+    )
+    write(path, [record])
+    (read,) = Ledger.read(path)[1]
+    assert list(map(repr, read.coefficients)) == list(map(repr, values))
+    assert read == record
+
+
+def test_append_takes_only_the_next_step(path: Path) -> None:
+    with Ledger.create(path, HEADER) as ledger:
+        ledger.append(steps(2)[0])
+        before = path.read_bytes()
+        for step in (0, 2):
+            with pytest.raises(AssertionError, match=f"step {step}"):
+                ledger.append(replace(STEP, step=step))
+    with pytest.raises(AssertionError, match="closed"):
+        ledger.append(steps(2)[1])
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": 1}, {"lr": math.nan}, {"losses": ((math.inf,), (0.0,))}, {"step": False}]
+)
+def test_append_writes_nothing_that_could_not_be_read_back(
+    path: Path, change: dict[str, Any]
+) -> None:
+    with Ledger.create(path, HEADER) as ledger, pytest.raises(ValueError):
+        ledger.append(replace(STEP, **change))
+    assert path.read_bytes() == HEADER_LINE
+
+
+@pytest.mark.parametrize("change", [{"seeds": (1,)}, {"seeds": (1, -1)}, {"seeds": (1, 2**64)}])
+def test_records_that_make_no_sense_cannot_be_made(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="seeds"):
+        replace(STEP, **change)
+
+
+# Updates
+
+
+def test_update_leaves_dropped_seeds_out() -> None:
+    record = replace(
+        STEP,
+        seeds=(1, 2, 3),
+        losses=((0.0, 1.0), (None, 1.0), (2.0, 3.0)),
+        coefficients=(0.5, None, -0.5),
+    )
+    assert record.dropped == (1,)
+    assert record.update() == StepUpdate(0, (1, 3), (0.5, -0.5), STEP.decay)
+
+
+def test_update_of_a_step_without_any_seed_left_still_decays() -> None:
+    record = replace(STEP, coefficients=(None, None))
+    assert record.update() == StepUpdate(0, (), (), STEP.decay)
+
+
+def test_missing() -> None:
+    records = steps(3)
+    updates = tuple(record.update() for record in records)
+    for next_step in range(4):
+        assert missing(records, next_step) == updates[next_step:]
+    for next_step in (-1, 4):
+        with pytest.raises(AssertionError):
+            missing(records, next_step)
+
+
+# Torn ends
+
+
+def test_torn_last_line_is_cut_off_said_and_written_again(path: Path) -> None:
+    whole = write(path, steps(3))
+    last_line = whole.index(b'{"step":2')
+    for size in range(last_line + 1, len(whole)):
+        path.write_bytes(whole[:size])
+        assert Ledger.read(path) == (HEADER, steps(2))
+        assert path.read_bytes() == whole[:size], "read() changed the file"
+        with Ledger.open(path, HEADER) as ledger:
+            assert path.read_bytes() == whole[:last_line]
+            assert ledger.records == steps(2)
+            (repair,) = ledger.repairs
+            assert str(path) in repair and "step 2" in repair
+            ledger.append(steps(3)[2])
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("end", [b"\0" * 50, b"\0\n", b"\n", b'{"step":2}\n', b'{"step":2,"crc"'])
+def test_last_line_of_rubbish_is_cut_off(path: Path, end: bytes) -> None:
+    whole = write(path, steps(2))
+    path.write_bytes(whole + end)
+    with Ledger.open(path, HEADER) as ledger:
+        assert ledger.next_step == 2 and len(ledger.repairs) == 1
+    assert path.read_bytes() == whole
+
+
+def test_last_line_with_a_damaged_byte_is_cut_off(path: Path) -> None:
+    whole = write(path, steps(2))
+    last_line = whole.index(b'{"step":1')
+    for position in range(last_line, len(whole) - 1):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert Ledger.read(path) == (HEADER, steps(1))
+
+
+def test_no_whole_header_is_refused(path: Path) -> None:
+    for size in range(len(HEADER_LINE)):
+        path.write_bytes(HEADER_LINE[:size])
+        assert_refused(path, "no whole header", "start again")
+
+
+# Damage
+
+
+def test_every_flipped_bit_above_the_last_line_is_refused(path: Path) -> None:
+    whole = write(path, steps(3))
+    last_line = whole.index(b'{"step":2')
+    for position in range(last_line):
+        number = whole[:position].count(b"\n") + 1
+        for bit in range(8):
+            flipped = bytes([whole[position] ^ 1 << bit])
+            path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
+            with pytest.raises(LedgerError, match=f"line {number}: is damaged"):
+                Ledger.read(path)
+        assert_refused(path, f"line {number}: is damaged")
+
+
+def test_a_missing_byte_above_the_last_line_is_refused(path: Path) -> None:
+    whole = write(path, steps(3))
+    for position in range(whole.index(b'{"step":2')):
+        path.write_bytes(whole[:position] + whole[position + 1 :])
+        number = whole[:position].count(b"\n") + 1
+        with pytest.raises(LedgerError, match=f"line {number}: is damaged"):
+            Ledger.read(path)
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ([0, 1, 3], ["line 3", "has step 2", "step 1 must follow"]),
+        ([0, 2, 3], ["line 2", "has step 1", "step 0 must follow"]),
+        ([0, 1, 1, 2, 3], ["line 3", "has step 0", "step 1 must follow"]),
+        ([0, 1, 2, 3, 3], ["line 5", "has step 2", "step 3 must follow"]),
+        ([0, 2, 1, 3], ["line 2", "has step 1"]),
+        ([0, 1, 3, 2], ["line 3", "has step 2"]),
+        ([1, 2, 3], ["line 1", "format is missing"]),
+        ([0, 0, 1, 2], ["line 2", "step is missing"]),
+    ],
+)
+def test_lines_deleted_repeated_or_swapped_are_refused(
+    path: Path, order: list[int], words: list[str]
+) -> None:
+    lines = write(path, steps(3)).splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[i] for i in order))
+    assert_refused(path, *words)
+
+
+def test_a_blank_line_is_refused(path: Path) -> None:
+    lines = write(path, steps(2)).splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], b"\n", lines[2]]))
+    assert_refused(path, "line 3: is damaged")
+
+
+def members_of(line: bytes) -> dict[str, Any]:
+    members: dict[str, Any] = json.loads(line)
+    del members["crc"]
+    return members
+
+
+@pytest.mark.parametrize("above", [b"", HEADER_LINE])
+def test_wrong_types_and_missing_members_are_refused_by_name(path: Path, above: bytes) -> None:
+    members = members_of(STEP_LINE if above else HEADER_LINE)
+    members.pop("dropped", None)
+    number = "line 2" if above else "line 1"
+    for name, right in members.items():
+        wrongs: tuple[object, ...] = (None, True, "1", 2, 2.0, {})
+        for wrong in wrongs:
+            if type(wrong) is not type(right):
+                path.write_bytes(above + sealed({**members, name: wrong}))
+                assert_refused(path, number, name)
+        path.write_bytes(above + sealed({key: members[key] for key in members if key != name}))
+        assert_refused(path, number, f"{name} is missing")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"seeds": [7, -1]}, "seeds"),
+        ({"seeds": [7, 2**64]}, "seeds"),
+        ({"seeds": [7]}, "seeds"),
+        ({"seeds": [7, 8.0]}, "seeds"),
+        ({"losses": [[0.5, "x"], [None]]}, "losses"),
+        ({"losses": [0.5, 0.25]}, "losses"),
+        ({"lr": math.nan}, "line 2"),
+        ({"lr": math.inf}, "line 2"),
+        ({"dropped": [0]}, "not canonical"),
+        ({"surprise": 1}, "not canonical"),
+    ],
+)
+def test_wrong_values_are_refused(path: Path, change: dict[str, Any], word: str) -> None:
+    path.write_bytes(HEADER_LINE + sealed({**members_of(STEP_LINE), **change}))
+    assert_refused(path, "line 2", word)
+
+
+def test_other_spellings_of_the_same_values_are_refused(path: Path) -> None:
+    members = members_of(STEP_LINE)
+    reordered = dict(reversed(members.items()))
+    path.write_bytes(HEADER_LINE + sealed(reordered))
+    assert_refused(path, "line 2", "not canonical")
+
+
+# Another run
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "meaning"),
+    [
+        ("noise_version", 2, "another version of the noise"),
+        ("weights_hash", "cc", "belongs to another model"),
+        ("config_hash", "cc", "belongs to another configuration"),
+        ("format", 2, "another format"),
+    ],
+)
+def test_a_ledger_of_another_run_is_refused(
+    path: Path, field: str, value: Any, meaning: str
+) -> None:
+    torn = write(path, steps(2))[:-5]
+    path.write_bytes(torn)
+    with pytest.raises(LedgerError) as caught:
+        Ledger.open(path, replace(HEADER, **{field: value}))
+    told = str(caught.value)
+    for word in (str(path), meaning, field, str(getattr(HEADER, field)), str(value)):
+        assert word in told
+    assert path.read_bytes() == torn, "repaired although it is not ours"
+
+
+def test_a_ledger_in_a_later_format_is_refused_whatever_else_it_holds(path: Path) -> None:
+    path.write_bytes(sealed({"format": 2, "news": "good"}))
+    assert_refused(path, "line 1", "format 2", "only 1")
+
+
+def test_other_versions_and_model_names_are_only_noted(path: Path) -> None:
+    write(path, steps(1))
+    now = replace(HEADER, model="copy/tiny", versions=(("sglang", "0.5.4"), ("numba", "0.61")))
+    with Ledger.open(path, now) as ledger:
+        assert ledger.header == HEADER
+        assert ledger.notes == (
+            "model was tiny before, now it is copy/tiny",
+            "python was 3.11.9 before, now it is absent",
+            "sglang was 0.5.3 before, now it is 0.5.4",
+            "numba was absent before, now it is 0.61",
+        )
+    assert path.read_bytes().startswith(HEADER_LINE)
+
+
+# Files
+
+
+def test_create_refuses_an_existing_file(path: Path) -> None:
+    before = write(path, steps(1))
+    with pytest.raises(LedgerError, match="exists; resume that run or choose another folder"):
+        Ledger.create(path, HEADER)
+    assert path.read_bytes() == before
+
+
+def test_files_that_are_not_there_are_told(path: Path) -> None:
+    attempts: list[Callable[[Path], object]] = [
+        lambda path: Ledger.open(path, HEADER),
+        lambda path: Ledger.create(path, HEADER),
+        Ledger.read,
+    ]
+    for attempt in attempts:
+        with pytest.raises(LedgerError, match=r"nowhere.*No such file"):
+            attempt(path.parent / "nowhere" / "ledger.jsonl")
+
+
+def run_python(code: str, path: Path) -> str:
+    prelude = (
+        "from tests.test_seed_sync import *\nfrom pathlib import Path\npath = Path(sys.argv[1])\n"
+    )
+    root = Path(__file__).parent.parent
+    return subprocess.run(
+        [sys.executable, "-c", prelude + code, str(path)],
+        capture_output=True,
+        check=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        text=True,
+    ).stdout
+
+
+def test_a_second_writer_is_refused(path: Path) -> None:
+    with Ledger.create(path, HEADER) as ledger:
+        with pytest.raises(LedgerError, match="is being written by another process"):
+            Ledger.open(path, HEADER)
+        code = "try: Ledger.open(path, HEADER)\nexcept LedgerError as error: print(error)"
+        assert "is being written by another process" in run_python(code, path)
+        ledger.append(STEP)
+        assert Ledger.read(path) == (HEADER, [STEP])
+    Ledger.open(path, HEADER).close()
+
+
+def test_a_refused_ledger_is_not_kept_locked(path: Path) -> None:
+    write(path, steps(1))
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="another model") as caught:
+            Ledger.open(path, replace(HEADER, weights_hash="cc"))
+        assert caught.tb is not None
+    Ledger.open(path, HEADER).close()
+
+
+FULL_DISK = """
+import resource
+first, second = steps(2)
+ledger = Ledger.create(path, HEADER)
+ledger.append(first)
+whole = path.read_bytes()
+for room in (0, 1, len(STEP_LINE) - 5):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, limits[1]))
+    try:
+        ledger.append(second)
+    except LedgerError as error:
+        print(error, "because of", type(error.__cause__).__name__)
+    assert path.read_bytes() == whole
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    ledger = Ledger.open(path, HEADER)
+    assert ledger.records == [first] and ledger.repairs == ()
+ledger.append(second)
+"""
+
+
+def test_a_full_disk_leaves_a_whole_ledger(path: Path, tmp_path: Path) -> None:
+    told = run_python(FULL_DISK, path).splitlines()
+    assert told == [f"{path}: step 1 cannot be written: File too large because of OSError"] * 3
+    assert path.read_bytes() == write(tmp_path / "undisturbed.jsonl", steps(2))
+
+
+def test_a_line_that_may_not_be_on_disk_is_taken_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with Ledger.create(path, HEADER) as ledger:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(LedgerError, match="step 0 cannot be written: Input/output error"):
+                ledger.append(STEP)
+        assert path.read_bytes() == HEADER_LINE
+        assert ledger.next_step == 0
+        with pytest.raises(AssertionError, match="closed"):
+            ledger.append(STEP)
+
+
+def test_lines_are_on_disk_before_append_returns(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes | str] = []
+    fsync = os.fsync
+
+    def record_and_sync(file: Any) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(file if isinstance(file, int) else file.fileno()).st_mode)
+        synced.append("folder" if is_folder else path.read_bytes())
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", record_and_sync)
+    with Ledger.create(path, HEADER) as ledger:
+        assert synced[:2] == [HEADER_LINE, "folder"]
+        synced.clear()
+        ledger.append(STEP)
+        assert synced == [HEADER_LINE + STEP_LINE]
+    synced.clear()
+    Ledger.open(path, HEADER).close()
+    assert synced == [HEADER_LINE + STEP_LINE], "what a killed process left behind"
