@@ -118,8 +118,10 @@ class Task(Section):
             raise ValueError(f"template: {self.template!r} contains {{option}} more than once")
         if len(set(self.options)) != len(self.options):
             raise ValueError(f"options: {self.options!r} repeats an option")
-        if (self.test is None) == (self.holdout is None):
-            raise ValueError("give either test or holdout, so that there is held-out data")
+        if self.test is None and self.holdout is None:
+            raise ValueError("holdout: missing; without task.test, rows of task.train are held out")
+        if self.test is not None and self.holdout is not None:
+            raise ValueError(f"holdout: {self.holdout} is given beside task.test; leave one out")
         return self
 
 
@@ -221,8 +223,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = child
     try:
         values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{override!r}: the value is not valid YAML") from None
+    except yaml.YAMLError:  # such as a template, which begins with a brace
+        values[last] = text
 
 
 def _first_message(error: ValidationError) -> str:

@@ -1,6 +1,7 @@
 """The ledger: the durable record of a run, from which every replica's weights can be rebuilt.
 
-Owns the file ledger.jsonl: header, append, read, verify. Knows nothing of tensors, of where replicas run, or of how losses become coefficients.
+Owns the file ledger.jsonl: header, append, read, verify. Knows nothing of tensors, of where
+replicas run, or of how losses become coefficients.
 
 The file is JSON lines: a header, then one line a step, steps consecutive from 0. Members are the
 fields of `Header` and `StepRecord` in their order, then "dropped" (indices of seeds) if any were,

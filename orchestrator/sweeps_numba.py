@@ -32,7 +32,6 @@ from orchestrator.noise import (
 )
 
 TILE = 4096  # elements: one thread's scratch then fits in 48 KiB of first-level cache
-RANGES_PER_THREAD = 4  # so that a thread that is held up delays the others less
 SCRATCH = TILE + 2 * RADEMACHER_BLOCK  # elements: a tile may begin and end inside a block
 
 # numba adds a signed to an unsigned integer as float64, so every constant below is unsigned.
@@ -56,7 +55,7 @@ compiled_parallel = njit(parallel=True, fastmath=False, cache=True, nogil=True)
 class Frame(NamedTuple):
     """A slice's shape, the distance of its rows in memory, and its place in the whole tensor.
 
-    `ranges` is the number of parts to work on side by side; results do not depend on it.
+    `ranges` is how many parts to cut the work into, one a thread; results do not depend on it.
     """
 
     ranges: int
@@ -175,8 +174,9 @@ def _patterns(values: torch.Tensor) -> NDArray[Any]:
 
 def _frame(values: torch.Tensor, region: TensorRegion) -> Frame:
     rows, columns = values.shape
-    ranges = get_num_threads() * RANGES_PER_THREAD
-    return Frame(ranges, rows, columns, values.stride(0), region.start, region.row_stride)
+    return Frame(
+        get_num_threads(), rows, columns, values.stride(0), region.start, region.row_stride
+    )
 
 
 def _source(kind: NoiseKind, region: TensorRegion) -> Source:

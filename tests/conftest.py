@@ -35,7 +35,8 @@ dist_patch.apply(DEVICE)
 
 from orchestrator.engine import Engine  # noqa: E402
 
-WORDS = "a bad dull film good great it lovely poor so terrible the was what".split()
+GOOD, BAD = ["good", "great", "lovely"], ["bad", "dull", "poor", "terrible"]
+WORDS = [*GOOD, *BAD, "a", "film", "It", "so", "the", "was", "what"]
 VOCABULARY = {word: index for index, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
 SIZES: dict[str, Any] = {
     "vocab_size": len(VOCABULARY),
@@ -103,8 +104,8 @@ def write_rows(path: Path, num_rows: int, seed: int = 0) -> Path:
     with path.open("w") as file:
         for _ in range(num_rows):
             words = draw.choices(WORDS, k=draw.randint(3, 14))
-            good = sum(word in ("good", "great", "lovely") for word in words)
-            bad = sum(word in ("bad", "dull", "poor", "terrible") for word in words)
+            good = sum(word in GOOD for word in words)
+            bad = sum(word in BAD for word in words)
             file.write(json.dumps({"sentence": " ".join(words), "label": int(good > bad)}) + "\n")
     return path
 

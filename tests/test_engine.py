@@ -84,10 +84,12 @@ def test_an_entry_is_reused_in_its_own_namespace_only(engines: Engines) -> None:
 def test_without_a_namespace_nothing_is_reused_or_kept(engines: Engines) -> None:
     engine = engines("qwen3")
     sequences, spans = ragged(seed=2, count=5)
-    before = engine.free_slots()
-    assert engine.score(sequences, spans) == engine.score(sequences, spans)
-    assert engine.free_slots() == before
-    assert engine._cache.total_size() == 0
+    free, kept = engine.free_slots(), engine._cache.total_size()
+    first, second = engine.score(sequences, spans), engine.score(sequences, spans)
+    assert first == second
+    assert first.num_reused == 0
+    assert engine.free_slots() == free
+    assert engine._cache.total_size() <= kept  # less if room had to be made
 
 
 def test_batches_larger_than_the_pool_are_split(engines: Engines) -> None:

@@ -29,7 +29,7 @@ HEADER = Header(
 HEADER_LINE = (
     b'{"format":1,"noise_version":1,"model":"tiny","weights_hash":"aa","config_hash":"bb",'
     b'"data_hash":"cc",'
-    b'"versions":[["python","3.11.9"],["sglang","0.5.3"]],"crc":"XXXX"}\n'
+    b'"versions":[["python","3.11.9"],["sglang","0.5.3"]],"crc":"af6063b3"}\n'
 )
 STEP = StepRecord(
     step=0,
@@ -169,19 +169,6 @@ def test_update_leaves_dropped_seeds_out() -> None:
 def test_update_of_a_step_without_any_seed_left_still_decays() -> None:
     record = replace(STEP, coefficients=(None, None))
     assert record.update() == StepUpdate(0, (), (), STEP.decay)
-
-
-def test_missing() -> None:
-    records = steps(3)
-    updates = tuple(record.update() for record in records)
-    for next_step in range(4):
-        assert missing(records, next_step) == updates[next_step:]
-    for next_step in (-1, 4):
-        with pytest.raises(AssertionError):
-            missing(records, next_step)
-
-
-# Torn ends
 
 
 def test_torn_last_line_is_cut_off_said_and_written_again(path: Path) -> None:
@@ -331,6 +318,7 @@ def test_other_spellings_of_the_same_values_are_refused(path: Path) -> None:
     [
         ("noise_version", 2, "another version of the noise"),
         ("weights_hash", "cc", "belongs to another model"),
+        ("data_hash", "dd", "belongs to other data"),
         ("config_hash", "cc", "belongs to another configuration"),
         ("format", 2, "another format"),
     ],

@@ -1,0 +1,128 @@
+"""Recipes: what is accepted, what is refused and in which words."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.config import Config, ConfigError, known_keys, load
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(path: Path) -> None:
+    assert load(path).task.options
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_resolved_recipe_reads_back_equal(path: Path, tmp_path: Path) -> None:
+    config = load(path, ["run.dir=somewhere"])
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(config.dump())
+    assert load(resolved) == config
+
+
+def test_the_readme_of_the_recipes_names_every_key() -> None:
+    text = (ROOT / "configs" / "README.md").read_text()
+    missing = [key for key in known_keys() if "." in key and f"`{key}`" not in text]
+    assert not missing
+
+
+def test_overrides_win_and_take_yaml_values() -> None:
+    config = load(DEMO, ["run.steps=7", "estimator.lr=1e-3", "task.options=[bad, good]"])
+    assert (config.run.steps, config.estimator.lr) == (7, 1e-3)
+    assert config.task.options == ["bad", "good"]
+
+
+def test_a_preset_gives_way_to_what_is_written() -> None:
+    config = load(DEMO, ["task.template={sentence} In short: {option}"])
+    assert config.task.template.startswith("{sentence} In short")
+    assert config.task.options == ["terrible", "great"]
+
+
+REFUSALS = {
+    "estimator.lrr=1": "estimator.lrr: unknown key; did you mean estimator.lr?",
+    "estimatr.lr=1": "estimatr: unknown key; did you mean estimator?",
+    "task.train.file=x": "task.train.file: unknown key; did you mean task.train",
+    "estimator.num_seeds=0": "estimator.num_seeds: 0 is not accepted: input should be greater",
+    "estimator.eps=.nan": "estimator.eps: nan is not accepted",
+    "estimator.lr=.inf": "estimator.lr: inf is not accepted",
+    "model.dtype=int8": "model.dtype: 'int8' is not accepted: input should be 'float32'",
+    "run.steps=many": "run.steps: 'many' is not accepted",
+    "run.seed=-1": "run.seed: -1 is not accepted",
+    "task.preset=sst3": "task.preset: 'sst3' is not a preset; there are: sst2",
+    "task.template={sentence} It was": "task.template: '{sentence} It was' does not end with",
+    "task.options=[great]": "task.options: ['great'] is not accepted",
+    "task.options=[great, great]": "task.options: ['great', 'great'] repeats an option",
+    "task.holdout=null": "task.holdout: missing",
+    "task.test={path: x}": "task.holdout: 1000 is given beside task.test",
+    "task=5": "task: 5 is not accepted",
+    "run.steps": "'run.steps': overrides are written section.key=value",
+    "run.steps.x=1": "'run.steps.x=1': steps is a value, not a section",
+    "run.steps=[": "run.steps: '[' is not accepted",
+}
+
+
+@pytest.mark.parametrize("override", REFUSALS)
+def test_a_mistake_is_told_in_one_line_that_names_it(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(DEMO, [override])
+    assert REFUSALS[override] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_sections_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read: No such file"):
+        load(tmp_path / "nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: {steps: 3\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML: .*line 2"):
+        load(broken)
+    broken.write_text("- 3\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: must hold sections"):
+        load(broken)
+    broken.write_text("run: {steps: 3}\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: model: missing"):
+        load(broken)
+
+
+def test_identity_holds_what_decides_the_ledger_and_nothing_else() -> None:
+    def identity(*overrides: str) -> str:
+        return load(DEMO, overrides).identity()
+
+    for free in ("fleet.num_replicas=5", "fleet.kind=local", "run.dir=x", "run.eval_every=3"):
+        assert identity(free) == identity()
+    for deciding in ("run.seed=1", "estimator.eps=0.5", "fleet.threads_per_replica=2"):
+        assert identity(deciding) != identity()
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config: Any = load(DEMO)
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.steps = 3
+
+
+def test_loading_a_config_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from orchestrator.config import load; load('configs/demo.yaml');"
+        "print(sorted({'torch', 'ray', 'sglang', 'numba', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_no_recipe_names_an_address_or_a_place_of_one_machine() -> None:
+    for path in RECIPES:
+        assert not re.search(r"https?:|/home/|/root/|/tmp/", path.read_text())
+        assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_config_is_the_only_model_of_a_recipe() -> None:
+    assert set(Config.model_fields) == {"model", "space", "estimator", "task", "fleet", "run"}

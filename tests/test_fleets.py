@@ -1,0 +1,200 @@
+"""The same ledger whoever ran the run: one process, one to three actors, after deaths and resumes.
+
+Real Ray, real SGLang engines, a tiny model. The runs go through `launch.py`, in processes of their
+own.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from conftest import DEVICE
+
+from orchestrator import actors
+from orchestrator.config import Config
+from orchestrator.driver import Driver
+from orchestrator.local import LocalFleet
+from orchestrator.records import FleetError, Probe, StepUpdate
+from orchestrator.seed_sync import Ledger
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+def launch(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def step_lines(folder: Path) -> list[bytes]:
+    return (folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)[1:]
+
+
+def wait_for_steps(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    ledger = folder / "ledger.jsonl"
+    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > count):
+        assert time.monotonic() < deadline, f"{ledger} did not reach {count} steps"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) -> Path:
+    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe_path: Path) -> Path:
+    """A run of the local fleet with one replica, from start to end."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(launch("train", str(recipe_path), f"run.dir={folder}"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """One Ray cluster for all runs of this file; its address is in the environment."""
+    context = ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    address = context.address_info["gcs_address"]
+    os.environ["RAY_ADDRESS"] = address
+    yield address
+    del os.environ["RAY_ADDRESS"]
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 3])
+def test_the_ledger_does_not_depend_on_the_fleet(
+    num_replicas: int, recipe_path: Path, undisturbed: Path, tmp_path: Path, cluster: str
+) -> None:
+    overrides = ["fleet.kind=ray", f"fleet.num_replicas={num_replicas}", f"run.dir={tmp_path}"]
+    finish(launch("train", str(recipe_path), *overrides))
+    assert step_lines(tmp_path) == step_lines(undisturbed)
+
+
+def test_two_local_replicas_give_the_same_ledger(
+    recipe_path: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    finish(launch("train", str(recipe_path), "fleet.num_replicas=2", f"run.dir={tmp_path}"))
+    assert step_lines(tmp_path) == step_lines(undisturbed)
+
+
+def test_a_killed_driver_is_resumed_to_the_same_ledger(
+    recipe_path: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    process = launch("train", str(recipe_path), f"run.dir={tmp_path}")
+    wait_for_steps(tmp_path, 2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = len(step_lines(tmp_path))
+    assert 2 <= done < 6
+    output = finish(launch("train", "--resume", str(tmp_path)))
+    assert f"continuing after {done} steps" in output
+    assert step_lines(tmp_path) == step_lines(undisturbed)
+
+
+def test_a_run_cut_between_any_two_steps_is_resumed_to_the_same_ledger(
+    recipe: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
+    """Every cut, in one process: replay from the base model, then the remaining steps."""
+    config = Config.model_validate(recipe)
+    whole = (undisturbed / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    header, _ = Ledger.read(undisturbed / "ledger.jsonl")
+    for cut in range(len(whole)):
+        path = tmp_path / f"{cut}.jsonl"
+        path.write_bytes(b"".join(whole[: cut + 1]))
+        fleet = LocalFleet(config, DEVICE)
+        fleet.start()
+        with Ledger.open(path, header) as ledger:
+            Driver(config, fleet, ledger, [], num_train=40, num_test=50).train()
+        fleet.close()
+        assert path.read_bytes() == b"".join(whole)
+
+
+def test_control_c_leaves_a_whole_ledger_and_says_how_to_go_on(
+    recipe_path: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    process = launch("train", str(recipe_path), f"run.dir={tmp_path}")
+    wait_for_steps(tmp_path, 2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"continue with: python launch.py train --resume {tmp_path}" in output
+    assert "Traceback" not in output
+    finish(launch("train", "--resume", str(tmp_path), "run.eval_every=1"))
+    assert step_lines(tmp_path) == step_lines(undisturbed)
+
+
+@pytest.fixture
+def fleet(
+    recipe: dict[str, Any], tmp_path: Path, cluster: str
+) -> Iterator[Callable[[int], actors.ActorFleet]]:
+    made = []
+
+    def make(num_replicas: int) -> actors.ActorFleet:
+        values = {**recipe, "fleet": {"kind": "ray", "num_replicas": num_replicas}}
+        said: list[str] = []
+        made.append(actors.ActorFleet(Config.model_validate(values), tmp_path / "log", said.append))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for each in made:
+        for seat in each._seats:
+            ray.kill(seat.actor)
+
+
+def probes(step: int) -> list[Probe]:
+    return [Probe(step, seed, sign, 1e-3, (1, 2)) for seed in range(4) for sign in (1, -1)]
+
+
+def test_the_work_of_a_dead_actor_is_done_by_the_others(
+    fleet: Callable[[int], actors.ActorFleet],
+) -> None:
+    two = fleet(2)
+    expected = two.evaluate(probes(0))
+    ray.kill(two._seats[0].actor)
+    assert two.evaluate(probes(0)) == expected
+    assert [seat.name for seat in two._seats] == ["replica 1"]
+    two.apply(StepUpdate(0, (5,), (0.5,), 1.0))
+    assert two.evaluate(probes(1)) != expected
+    ray.kill(two._seats[0].actor)
+    with pytest.raises(FleetError, match="replica 1 died, and no replica is left"):
+        two.evaluate(probes(1))
+
+
+def test_a_replica_that_differs_is_named(
+    fleet: Callable[[int], actors.ActorFleet], tmp_path: Path, undisturbed: Path
+) -> None:
+    three = fleet(3)
+    ledger_path = tmp_path / "ledger.jsonl"
+    ledger_path.write_bytes((undisturbed / "ledger.jsonl").read_bytes())
+    header, _ = Ledger.read(ledger_path)
+    with Ledger.open(ledger_path, header) as ledger:
+        driver = Driver(three._config, three, ledger, [], num_train=40, num_test=50)
+        agreed = driver.check_digests()
+        astray = three._seats[1]
+        rogue = StepUpdate(ledger.next_step, (5,), (1e-6,), 1.0)
+        ray.get(astray.actor.digest.remote([rogue]))
+        with pytest.raises(FleetError, match=r"trained state of replica 1 differs") as caught:
+            driver.check_digests()
+        assert agreed in str(caught.value)

@@ -1,0 +1,95 @@
+"""The whole system against the algorithm written out in plain torch and transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import DEVICE
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orchestrator import estimator, noise, tasks
+from orchestrator.config import Config
+from orchestrator.driver import Driver
+from orchestrator.local import LocalFleet
+from orchestrator.seed_sync import Header, Ledger
+
+STEPS = 20
+
+
+def plain_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """MeZO as in the paper's box, two-sided, on one model; shares only the noise specification."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    weights = {name: value.data.clone() for name, value in model.named_parameters()}
+    rows = [json.loads(line) for line in Path(config.task.train.path).read_text().splitlines()]
+    settings, seen = config.estimator, []
+
+    def z(seed: int, name: str) -> torch.Tensor:
+        drawn = noise.draw(settings.noise, seed, name, 0, weights[name].numel())
+        return torch.from_numpy(drawn).reshape(weights[name].shape)
+
+    def loss(seed: int, scale: float, examples: tuple[int, ...]) -> float:
+        for name, value in model.named_parameters():
+            value.data.copy_(weights[name] + scale * z(seed, name))
+        total = 0.0
+        for index in examples:
+            prompt = f"{rows[index]['sentence']} It was"
+            options = [tokenizer(f"{prompt} {text}").input_ids for text in config.task.options]
+            logprobs = [model(torch.tensor([ids])).logits[0, -2].log_softmax(0) for ids in options]
+            scores = torch.stack([row[ids[-1]] for row, ids in zip(logprobs, options, strict=True)])
+            total -= float(scores.log_softmax(0)[rows[index]["label"]])
+        return total / len(examples)
+
+    for step in range(config.run.steps):
+        examples = tasks.batch(config.run.seed, step, settings.batch_size, len(rows))
+        lr = estimator.learning_rate(settings, step, config.run.steps)
+        seeds = estimator.seeds(config.run.seed, step, settings.num_seeds)
+        gradients = []
+        for seed in seeds:
+            plus, minus = (loss(seed, sign * settings.eps, examples) for sign in (1, -1))
+            gradients.append((plus - minus) / (2 * settings.eps))
+            seen += [plus, minus]
+        for name, value in weights.items():
+            moves = [
+                -lr / len(seeds) * g * z(s, name) for g, s in zip(gradients, seeds, strict=True)
+            ]
+            weights[name] = value * (1 - lr * settings.weight_decay) + sum(moves)
+    return seen, weights
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_twenty_steps_equal_the_plain_loop(
+    family: str,
+    kind: str,
+    recipe: dict[str, Any],
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    values = yaml.safe_load(yaml.safe_dump(recipe))
+    values["model"]["path"] = str(model_folders[family])
+    values["estimator"]["noise"] = kind
+    values["run"]["steps"] = STEPS
+    config = Config.model_validate(values)
+    expected_losses, expected_weights = plain_loop(config)
+
+    fleet = LocalFleet(config, DEVICE)
+    info = fleet.start()
+    header = Header(1, 1, config.model.path, info.weights_hash, config.identity(), "", ())
+    with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
+        Driver(config, fleet, ledger, [], num_train=40, num_test=50).train()
+    fleet.digests()  # brings the last update to the replica
+
+    losses = [value for record in ledger.records for pair in record.losses for value in pair]
+    assert losses == pytest.approx(expected_losses, abs=1e-4)
+    assert max(losses) - min(losses) > 0.05  # the losses do move
+    for region, master, _ in fleet._replicas[0].space._tensors:
+        expected = expected_weights[region.name].ravel()
+        np.testing.assert_allclose(master.cpu().ravel(), expected, atol=1e-5, err_msg=region.name)
+    fleet.close()
