@@ -95,7 +95,9 @@ class ActorFleet:
         for index in range(self._config.fleet.num_replicas):
             actor = create.remote(self._config, device, self._log)
             self._seats.append(_Seat(f"replica {index}", actor))
-        infos = self._gather([(seat, seat.actor.info.remote()) for seat in self._seats])
+        infos: dict[str, ReplicaInfo] = self._gather(
+            [(seat, seat.actor.info.remote()) for seat in self._seats]
+        )
         for name, info in infos.items():
             if info != infos[self._seats[0].name]:
                 raise FleetError(f"{name} differs from {self._seats[0].name}: {info}")

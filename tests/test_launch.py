@@ -1,0 +1,195 @@
+"""The command line as a user meets it: exit codes, one-line mistakes, files that are written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+DONE, MISTAKE = 0, 2
+
+
+def launch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def mistake(*arguments: str | Path) -> str:
+    """The one line that a user's mistake is told in."""
+    done = launch(*arguments)
+    assert done.returncode == MISTAKE, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) -> Path:
+    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe_path: Path) -> Path:
+    """The folder of a finished run; its standard output is beside it in stdout.txt."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    done = launch("train", recipe_path, f"run.dir={folder}", "run.eval_every=2")
+    assert done.returncode == DONE, done.stdout + done.stderr
+    (folder / "stdout.txt").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def test_help_tells_the_verbs() -> None:
+    done = launch("--help")
+    assert done.returncode == DONE
+    for word in ("train", "eval", "--resume", "ray job submit", "Exit codes"):
+        assert word in done.stdout
+
+
+def test_mistakes_are_told_in_one_line(recipe_path: Path, tmp_path: Path) -> None:
+    for override, words in {
+        "estimator.lrr=1": "estimator.lrr: unknown key; did you mean estimator.lr?",
+        "model.path=./nowhere": "model.path: ./nowhere: no such folder",
+        "model.path=package:numpy/x.gguf": "the package numpy holds no file x.gguf",
+        f"model.path={tmp_path}": "holds no config.json",
+        "task.train.path=none.jsonl": "task.train.path: none.jsonl: no such file",
+        "task.template={film} {option}": "task.template: {film} is not a field of",
+        "task.template={sentence} It was": "does not end with {option}",
+    }.items():
+        assert words in mistake("train", recipe_path, override, f"run.dir={tmp_path}/run")
+    assert "nowhere.yaml: cannot be read" in mistake("train", tmp_path / "nowhere.yaml")
+    assert "holds no config.yaml" in mistake("train", "--resume", tmp_path)
+    assert "the folder" in mistake("eval", recipe_path, "--out", tmp_path / "no" / "x.jsonl")
+    assert not (tmp_path / "run").exists()  # nothing was started
+
+
+def test_empty_data_and_foreign_labels_are_told_by_name(recipe_path: Path, tmp_path: Path) -> None:
+    empty, foreign = tmp_path / "empty.jsonl", tmp_path / "foreign.jsonl"
+    empty.write_text("")
+    foreign.write_text('{"sentence": "a", "label": "so-so"}\n')
+    assert "empty.jsonl: holds no rows" in mistake("train", recipe_path, f"task.train.path={empty}")
+    line = mistake("train", recipe_path, f"task.test.path={foreign}")
+    assert "foreign.jsonl:1: 'so-so' is not an option; accepted: 0 to 1 or one of" in line
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_records(finished: Path, recipe: dict[str, Any]) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "ledger.jsonl", "metrics.jsonl", "summary.json", "log.txt"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    steps = recipe["run"]["steps"]
+    entries = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if e["kind"] == "step"] == list(range(steps))
+    assert [e["step"] for e in entries if e["kind"] == "evaluation"] == [0, 2, 4, steps]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["steps"] == steps
+    assert summary["evaluations_per_s"] > 0 < summary["trained_tokens_per_s"]
+    assert summary["baseline_accuracy"] == entries[0]["accuracy"]
+    assert summary["final_accuracy"] == entries[-1]["accuracy"]
+    assert set(summary["versions"]) >= {"sglang", "torch", "transformers"}
+
+
+@pytest.mark.slow
+def test_the_console_shows_the_run_and_none_of_the_chatter(finished: Path) -> None:
+    shown = (finished / "stdout.txt").read_text()
+    for words in ("zero-shot", "step 1/6", "held-out", "steps/s", f"run folder: {finished}"):
+        assert words in shown
+    for chatter in ("Warning", "warning", "WARNING", "Init torch", "Loading", "shards"):
+        assert chatter not in shown
+    assert "Ignore import error" in (finished / "log.txt").read_text()  # there instead
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_eval_writes_the_scores_that_transformers_gives(
+    family: str, recipe_path: Path, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, out = model_folders[family], tmp_path / "scores.jsonl"
+    done = launch("eval", recipe_path, f"model.path={folder}", "--out", out)
+    assert done.returncode == DONE, done.stdout + done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    recipe = yaml.safe_load(recipe_path.read_text())
+    rows_text = Path(recipe["task"]["test"]["path"]).read_text()
+    rows = [json.loads(line) for line in rows_text.splitlines()]
+    assert len(lines) == len(rows) == 50
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for index, (line, row) in enumerate(zip(lines, rows, strict=True)):
+        expected = []
+        for option in ("terrible", "great"):
+            ids = tokenizer(f"{row['sentence']} It was {option}").input_ids
+            with torch.no_grad():
+                logprobs = model(torch.tensor([ids])).logits[0, -2].log_softmax(0)
+            expected.append(float(logprobs[ids[-1]]))
+        assert (line["id"], line["label"]) == (index, row["label"])
+        assert line["scores"] == pytest.approx(expected, abs=1e-4)
+        assert line["prediction"] == expected.index(max(expected))
+
+
+@pytest.mark.slow
+def test_eval_of_a_run_folder_scores_its_trained_state(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    done = launch("eval", finished, "--out", out)
+    assert done.returncode == DONE, done.stdout + done.stderr
+    assert "after 6 steps" in done.stdout
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    right = sum(line["prediction"] == line["label"] for line in lines)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert right / len(lines) == summary["final_accuracy"]
+
+
+@pytest.mark.slow
+def test_a_run_folder_is_not_trained_into_twice(finished: Path, recipe_path: Path) -> None:
+    before = (finished / "ledger.jsonl").read_bytes()
+    assert "holds a run already" in mistake("train", recipe_path, f"run.dir={finished}")
+    line = mistake("train", "--resume", finished, "estimator.lr=1")
+    assert "estimator.lr=1: the run in" in line
+    assert (finished / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_damage_to_a_ledger_is_told_and_nothing_is_lost(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for name in ("config.yaml", "ledger.jsonl", "metrics.jsonl"):
+        (folder / name).write_bytes((finished / name).read_bytes())
+    whole = (finished / "ledger.jsonl").read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(b'"losses"', whole.index(b'"step":3')) + 12] ^= 1
+    (folder / "ledger.jsonl").write_bytes(flipped)
+    assert "ledger.jsonl: line 5" in mistake("train", "--resume", folder)
+    assert (folder / "ledger.jsonl").read_bytes() == bytes(flipped)
+
+    (folder / "ledger.jsonl").write_bytes(whole[:-20])  # torn: cut off, said, and taken again
+    done = launch("train", "--resume", folder)
+    assert done.returncode == DONE, done.stdout + done.stderr
+    assert "cut short" in done.stdout
+    assert (folder / "ledger.jsonl").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_ledger_of_another_model_is_refused(
+    finished: Path, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "ledger.jsonl").write_bytes((finished / "ledger.jsonl").read_bytes())
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    config["model"]["path"] = str(model_folders["qwen3"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    done = launch("train", "--resume", folder)
+    assert done.returncode == MISTAKE
+    assert "ledger.jsonl: belongs to another model" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
