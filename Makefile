@@ -31,7 +31,7 @@ $(VENV)/installed: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import ensurepip' || { echo "make: install Python's venv module, on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@echo "installing into $(VENV): some 9 GB, three to five minutes"
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		-r requirements.txt -r requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	$(RUN) -m pip install -qq --disable-pip-version-check --no-deps -r requirements-demo.txt
 	touch $@

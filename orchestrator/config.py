@@ -166,12 +166,16 @@ class Config(Section):
     run: Run
 
     def identity(self) -> str:
-        """Hash (SHA-256, hex) of all that decides a run's ledger.
+        """Hash (SHA-256, hex) of all that decides a run's ledger, but for weights and rows.
 
-        Left out is what may change when a run is resumed: where it runs and what it shows.
+        Those have hashes of their own in the ledger, so that files may move. Left out too is what
+        may change when a run is resumed: where it runs and what it shows.
         """
-        data = self.model_dump(mode="json")
-        data["fleet"] = {"threads_per_replica": self.fleet.threads_per_replica}
+        data = self.model_dump(
+            mode="json",
+            exclude={"model": {"path", "device"}, "task": {"train", "test"}, "fleet": True},
+        )
+        data["threads"] = self.fleet.threads_per_replica
         data["run"] = {"steps": self.run.steps, "seed": self.run.seed}
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -67,9 +67,9 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
     for override in overrides:
         if load(path, [override]).identity() != recorded.identity():
             raise ConfigError(
-                f"{override}: the run in {folder} has steps that depend on this key; "
-                "what may change is run.eval_every, run.eval_examples, run.check_every, "
-                "fleet.kind and fleet.num_replicas"
+                f"{override}: the run in {folder} has steps that depend on this key; what may "
+                "change is model.path, model.device, task.train, task.test, fleet.kind, "
+                "fleet.num_replicas, run.eval_every, run.eval_examples and run.check_every"
             )
     run = _checked(load(path, overrides), folder)
     if run.ledger_path.exists():

@@ -99,6 +99,8 @@ def test_identity_holds_what_decides_the_ledger_and_nothing_else() -> None:
 
     for free in ("fleet.num_replicas=5", "fleet.kind=local", "run.dir=x", "run.eval_every=3"):
         assert identity(free) == identity()
+    for moved in ("model.path=elsewhere", "model.device=auto", "task.train.path=elsewhere.csv"):
+        assert identity(moved) == identity()
     for deciding in ("run.seed=1", "estimator.eps=0.5", "fleet.threads_per_replica=2"):
         assert identity(deciding) != identity()
 

@@ -10,7 +10,7 @@ import pytest
 from orchestrator import tasks
 from orchestrator.config import ConfigError, Task
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"sentence": "a dull film", "label": 0},
     {"sentence": "it {was} great", "label": "great"},
     {"sentence": "line\u2028separator, so good", "label": "1"},
