@@ -6,6 +6,7 @@ replica computes.
 
 import logging
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ class ActorFleet:
         """Join the cluster that this job runs on, or start one on this machine."""
         if ray.is_initialized():
             return
+        # Ray replaces the driver's handler by one that exits without a word.
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             ray.init(address="auto", **quiet)
@@ -123,6 +126,7 @@ class ActorFleet:
                 include_dashboard=False,
                 **quiet,
             )
+        signal.signal(signal.SIGTERM, on_sigterm)
 
     def _device(self) -> str:
         wanted = self._config.model.device

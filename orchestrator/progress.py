@@ -48,19 +48,18 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line about what is going on; shown at once."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def live(self, next_step: int) -> Iterator[None]:
         """Show the live line within; on a terminal only."""
         self._progress.update(self._bar, completed=next_step)
         self._progress.start_task(self._bar)
-        if self._console.is_terminal:
-            self._progress.start()
-        try:
+        if not self._console.is_terminal:
             yield
-        finally:
-            self._progress.stop()
+            return
+        with self._progress:
+            yield
 
     def step(self, metrics: StepMetrics) -> None:
         loss, gradient = f"{metrics.loss:.4f}", f"{metrics.gradient:.2f}"

@@ -4,12 +4,12 @@ Everything here is scalars, seeds, ids and digests: no tensor ever travels. This
 neither how a probe is computed (replica) nor what its loss is used for (estimator).
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Split = Literal["train", "test"]
+PROBES_PER_GROUP = 2
 EXAMPLES_PER_CHUNK = 64
 
 
@@ -90,11 +90,12 @@ class Fleet(Protocol):
 
 
 def probe_groups(probes: Sequence[Probe]) -> list[tuple[Probe, ...]]:
-    """The probes, in order, cut into what one replica gets at a time: those of one seed.
+    """The probes, in order, cut into what one replica gets at a time, whatever the fleet's size.
 
-    Both signs of a pair thus run on the same replica, whatever the fleet's size.
+    Both signs of a two-sided pair thus run on the same replica.
     """
-    return [tuple(group) for _, group in itertools.groupby(probes, lambda probe: probe.seed)]
+    starts = range(0, len(probes), PROBES_PER_GROUP)
+    return [tuple(probes[start : start + PROBES_PER_GROUP]) for start in starts]
 
 
 def example_chunks(examples: Sequence[int]) -> list[tuple[int, ...]]:

@@ -37,6 +37,10 @@ class LedgerError(ConfigError):
     """A ledger that cannot be used, told in one line that names the file and what is wrong."""
 
 
+class LedgerWriteError(RuntimeError):
+    """A step that could not be written down, and so was not taken; the run can be resumed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What the steps belong to. Only `model` and `versions` may differ when a run is resumed."""
@@ -158,7 +162,7 @@ class Ledger:
     def append(self, record: StepRecord) -> None:
         """Record a step; it is on disk when this returns.
 
-        LedgerError if it cannot be written: the line is taken back and the ledger closed.
+        LedgerWriteError if it cannot be written: the line is taken back and the ledger closed.
         AssertionError for a step that is not next or a closed ledger; ValueError or TypeError for
         values that could not be read back, such as NaN.
         """
@@ -166,8 +170,11 @@ class Ledger:
         assert record.step == self.next_step, f"step {record.step}, but {self.next_step} is next"
         line = _encode(record)
         _decode(line, StepRecord)
-        with _telling(self._path, f"step {record.step} cannot be written"):
+        try:
             _append_durably(self._file, line)
+        except OSError as error:
+            what = f"step {record.step} cannot be written: {error.strerror}"
+            raise LedgerWriteError(f"{self._path}: {what}") from error
         self.records.append(record)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from orchestrator.records import StepUpdate
-from orchestrator.seed_sync import Header, Ledger, LedgerError, StepRecord
+from orchestrator.seed_sync import Header, Ledger, LedgerError, LedgerWriteError, StepRecord
 
 HEADER = Header(
     format=1,
@@ -422,7 +422,7 @@ for room in (0, 1, len(STEP_LINE) - 5):
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, limits[1]))
     try:
         ledger.append(second)
-    except LedgerError as error:
+    except LedgerWriteError as error:
         print(error, "because of", type(error.__cause__).__name__)
     assert path.read_bytes() == whole
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -447,7 +447,9 @@ def test_a_line_that_may_not_be_on_disk_is_taken_back(
     with Ledger.create(path, HEADER) as ledger:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fail)
-            with pytest.raises(LedgerError, match="step 0 cannot be written: Input/output error"):
+            with pytest.raises(
+                LedgerWriteError, match="step 0 cannot be written: Input/output error"
+            ):
                 ledger.append(STEP)
         assert path.read_bytes() == HEADER_LINE
         assert ledger.next_step == 0
