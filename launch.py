@@ -4,7 +4,7 @@
   python launch.py train configs/demo.yaml run.steps=100      ... with a key of the recipe changed
   python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
   python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
-  ray job submit --working-dir . -- python launch.py train configs/demo.yaml
+  ray job submit --working-dir . -- python launch.py train configs/demo.yaml run.dir=/shared/run
 
 A recipe is a YAML file with the sections model, space, estimator, task, fleet and run;
 configs/README.md lists every key. Exit codes: 0 done, 1 the run failed, 2 a mistake in the
@@ -60,7 +60,7 @@ def _open(arguments: argparse.Namespace) -> runs.Run:
 
 
 def _how_to_go_on(arguments: argparse.Namespace, run: runs.Run | None) -> str:
-    if run is None or arguments.command != "train":
+    if run is None or arguments.command != "train" or not run.ledger_path.exists():
         return ""
     return (
         f"; the ledger is whole. Details: {run.log_path}\n"
@@ -69,7 +69,7 @@ def _how_to_go_on(arguments: argparse.Namespace, run: runs.Run | None) -> str:
 
 
 def _tell(message: str) -> None:
-    """To the user: standard error, or the terminal once standard error goes to the log."""
+    """To the user: standard error, or what standard output was once both go to the log."""
     print(message, file=output.terminal() if output.is_diverted() else sys.stderr, flush=True)
 
 
@@ -99,11 +99,16 @@ def _parse() -> argparse.Namespace:
     evaluate.add_argument("source", metavar="CONFIG-or-RUN_DIR")
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
     evaluate.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
-    arguments = parser.parse_args()
-    if arguments.command == "train" and arguments.resume and arguments.source:
-        arguments.overrides.insert(0, arguments.source)  # --resume takes CONFIG's place
-    elif arguments.command == "train" and not (arguments.resume or arguments.source):
-        train.error("give a recipe, or --resume RUN_DIR")
+    arguments, others = parser.parse_known_args()
+    for other in others:  # overrides that stand behind an option
+        if other.startswith("-") or "=" not in other:
+            parser.error(f"unrecognized argument: {other}")
+        arguments.overrides.append(other)
+    if arguments.command == "train":
+        if arguments.resume and arguments.source and "=" in arguments.source:
+            arguments.overrides.insert(0, arguments.source)
+        elif bool(arguments.resume) == bool(arguments.source):
+            train.error("give either a recipe or --resume RUN_DIR")
     return arguments
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
@@ -31,13 +31,14 @@ from orchestrator.records import (
 
 logger = logging.getLogger(__name__)
 PATIENCE_S = 15.0  # between two messages about what is being waited for
-Answer = TypeVar("Answer")
 
 
 class ReplicaActor:
     """A replica in a process of its own."""
 
-    def __init__(self, config: Config, device: str, log: Path) -> None:
+    def load(self, config: Config, device: str, log: Path) -> ReplicaInfo:
+        """Load everything. Not in the constructor: Ray tells why a call failed, but not why a
+        constructor did."""
         if log.parent.is_dir():  # another node may not have the run folder
             output.divert(log)
         dist_patch.apply(device)
@@ -45,8 +46,6 @@ class ReplicaActor:
         from orchestrator.replica import Replica
 
         self._replica = Replica(config, device)
-
-    def info(self) -> ReplicaInfo:
         return self._replica.info
 
     def evaluate(self, updates: Sequence[StepUpdate], probes: Sequence[Probe]) -> list[ProbeLoss]:
@@ -93,52 +92,56 @@ class ActorFleet:
             num_gpus=1 if device == "cuda" else 0,
             runtime_env={"env_vars": _environment(threads)},
         )
+        loading = []
         for index in range(self._config.fleet.num_replicas):
-            actor = create.remote(self._config, device, self._log)
-            self._seats.append(_Seat(f"replica {index}", actor))
-        infos: dict[str, ReplicaInfo] = self._gather(
-            [(seat, seat.actor.info.remote()) for seat in self._seats]
-        )
+            seat = _Seat(f"replica {index}", create.remote())
+            self._seats.append(seat)
+            loading.append((seat, seat.actor.load.remote(self._config, device, self._log)))
+        infos: dict[str, ReplicaInfo] = self._gather(loading)
+        first = next(iter(infos))
         for name, info in infos.items():
-            if info != infos[self._seats[0].name]:
-                raise FleetError(f"{name} differs from {self._seats[0].name}: {info}")
-        return infos[self._seats[0].name]
+            if info != infos[first]:
+                raise FleetError(f"{name} differs from {first}: {info}, {infos[first]}")
+        return infos[first]
 
     def close(self) -> None:
         self._seats.clear()
         ray.shutdown()
 
     def _connect(self) -> None:
-        """Join the cluster that this job runs on, or start one on this machine."""
+        """Join the cluster that RAY_ADDRESS names, as in a Ray job; else start one here.
+
+        Without the variable nothing is joined: what Ray would find by itself may be the private
+        cluster of another run on this machine.
+        """
         if ray.is_initialized():
             return
+        fleet = self._config.fleet
+        wanted = max(fleet.num_replicas * fleet.threads_per_replica, os.cpu_count() or 1)
+        where: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS")}
+        if not where["address"]:
+            where = {"address": "local", "num_cpus": wanted, "include_dashboard": False}
         # Ray replaces the driver's handler by one that exits without a word.
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
-            fleet = self._config.fleet
-            wanted = fleet.num_replicas * fleet.threads_per_replica
-            ray.init(
-                address="local",
-                num_cpus=max(wanted, os.cpu_count() or 1),
-                include_dashboard=False,
-                **quiet,
-            )
-        signal.signal(signal.SIGTERM, on_sigterm)
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise FleetError(f"RAY_ADDRESS={where['address']}: {error}") from None
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)
 
     def _device(self) -> str:
+        """ "cpu" or "cuda"; refuses replicas that could never be placed."""
         wanted = self._config.model.device
-        num_gpus = ray.cluster_resources().get("GPU", 0)
-        if wanted == "cuda" and num_gpus < self._config.fleet.num_replicas:
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        device = wanted if wanted != "auto" else "cuda" if num_gpus else "cpu"
+        num_replicas = self._config.fleet.num_replicas
+        if device == "cuda" and num_gpus < num_replicas:
             raise ConfigError(
-                f"fleet.num_replicas: {self._config.fleet.num_replicas} replicas want a GPU each, "
-                f"and the cluster has {num_gpus:.0f}; lower it, or set model.device=cpu"
+                f"fleet.num_replicas: {num_replicas} replicas want a GPU each, and the cluster has "
+                f"{num_gpus}; lower it, or set model.device=cpu"
             )
-        if wanted == "auto":
-            return "cuda" if num_gpus else "cpu"
-        return wanted
+        return device
 
     # ---------------------------------------------------------------- work
 
@@ -181,7 +184,7 @@ class ActorFleet:
             ready, _ = ray.wait(list(flying), num_returns=1)
             index, seat = flying.pop(ready[0])
             try:
-                answers[index] = _result(ready[0])
+                answers[index] = _result(seat, ready[0])
             except ray.exceptions.RayActorError as error:
                 self._lose(seat, error)
                 waiting.appendleft(index)
@@ -198,16 +201,18 @@ class ActorFleet:
         self._say(f"{seat.name} died; going on with {len(self._seats)}")
 
     def _gather(self, calls: Sequence[tuple[_Seat, Any]]) -> dict[str, Any]:
-        """Wait for one answer of every replica, saying what is waited for."""
+        """One answer of every replica that lives, saying what is waited for."""
         seats = {reference: seat for seat, reference in calls}
+        answers: dict[str, Any] = {}
         pending = list(seats)
         while pending:
             ready, pending = ray.wait(pending, num_returns=len(pending), timeout=PATIENCE_S)
             for reference in ready:
+                seat = seats[reference]
                 try:
-                    _result(reference)
+                    answers[seat.name] = _result(seat, reference)
                 except ray.exceptions.RayActorError as error:
-                    raise FleetError(f"{seats[reference].name} died: {error}") from error
+                    self._lose(seat, error)
             if pending:
                 names = ", ".join(seats[reference].name for reference in pending)
                 free = ray.available_resources()
@@ -215,17 +220,18 @@ class ActorFleet:
                     f"waiting for {names} (free in the cluster: {free.get('CPU', 0):.0f} CPUs, "
                     f"{free.get('GPU', 0):.0f} GPUs)"
                 )
-        return {seat.name: _result(reference) for seat, reference in calls}
+        return {seat.name: answers[seat.name] for seat, _ in calls if seat.name in answers}
 
 
-def _result(reference: Any) -> Any:
-    """A call's answer; a replica's own exception comes back as it was raised there."""
+def _result(seat: _Seat, reference: Any) -> Any:
+    """A call's answer. What went wrong in the replica is told as it was there."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ConfigError):
             raise error.cause from None
-        raise
+        cause = error.cause or error
+        raise FleetError(f"{seat.name}: {type(cause).__name__}: {cause}") from error
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -24,7 +24,7 @@ def resolve_file(key: str, path: str) -> Path:
             raise ConfigError(f"{key}: {path}: no such file")
         return Path(path)
     package, _, inside = path.removeprefix(PACKAGE_PREFIX).partition("/")
-    found = importlib.util.find_spec(package)
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise ConfigError(
             f"{key}: {path}: the package {package} is not installed; `make setup` installs those "
@@ -34,6 +34,11 @@ def resolve_file(key: str, path: str) -> Path:
     if not file.is_file():
         raise ConfigError(f"{key}: {path}: the package {package} holds no file {inside}")
     return file
+
+
+def absolute(path: str) -> str:
+    """A path that means the same to processes with other working directories."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
 
 
 def check_model(path: str) -> None:

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orchestrator.assets import check_model, dequantized_folder, resolve_file
 from orchestrator.config import ConfigError
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
+# Buffers that old checkpoints carry and no parameter holds.
+BUFFERS = ("rotary_emb.inv_freq",)
 
 
 def locate(path: str) -> Path:
@@ -28,8 +30,13 @@ def locate(path: str) -> Path:
         return dequantized(resolve_file("model.path", path))
     if Path(path).is_dir():
         return Path(path)
-    allowed = ["*.json", "*.model", "*.txt", "*.jinja", *WEIGHT_PATTERNS]
-    return Path(snapshot_download(path, allow_patterns=allowed))
+    folder = Path()
+    for pattern in WEIGHT_PATTERNS:  # the second only where the first finds no weights
+        allowed = ["*.json", "*.model", "*.txt", "*.jinja", pattern]
+        folder = Path(snapshot_download(path, allow_patterns=allowed))
+        if any(folder.glob(pattern)):
+            break
+    return folder
 
 
 def dequantized(gguf: Path) -> Path:
@@ -61,7 +68,8 @@ def weight_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob(pattern))
         if files:
             return files
-    raise ConfigError(f"model.path: {folder}: holds no weights (*.safetensors or *.bin)")
+    patterns = " or ".join(WEIGHT_PATTERNS)
+    raise ConfigError(f"model.path: {folder}: holds no weights ({patterns})")
 
 
 def weights_hash(folder: Path) -> str:
@@ -89,7 +97,8 @@ class Checkpoint:
             else:
                 reader = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
                 names = reader
-            self._readers.update(dict.fromkeys(names, reader))
+            trained = [name for name in names if not name.endswith(BUFFERS)]
+            self._readers.update(dict.fromkeys(trained, reader))
 
     @property
     def names(self) -> list[str]:

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -57,7 +58,7 @@ class Estimator(Section):
 
     kind: Literal["two_sided", "one_sided"] = "two_sided"
     noise: Literal["gaussian", "rademacher"] = "gaussian"
-    num_seeds: Annotated[int, Field(ge=1, le=64)] = 1
+    num_seeds: Annotated[int, Field(ge=1, le=64, strict=True)] = 1
     """Perturbations a step."""
     batch_size: Positive = 16
     """Training examples a step; all probes of a step score the same ones."""
@@ -66,9 +67,18 @@ class Estimator(Section):
     lr: PositiveFloat = 1e-6
     """Learning rate at its peak."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegative = 0
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled: a step multiplies the weights by 1 - lr * weight_decay."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay: {self.weight_decay} times lr {self.lr} is not below 1, so a step "
+                "would turn the weights' signs"
+            )
+        return self
 
 
 class Source(Section):
@@ -105,7 +115,7 @@ class Task(Section):
         if not isinstance(values, dict) or values.get("preset") is None:
             return values
         name = values["preset"]
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             known = ", ".join(sorted(PRESETS))
             raise ValueError(f"preset: {name!r} is not a preset; there are: {known}")
         return {**PRESETS[name], **values}
@@ -144,14 +154,14 @@ class Run(Section):
     """How long, from which seed, and where the records go."""
 
     steps: Positive
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64, strict=True)] = 0
     dir: str | None = None
     """Run folder; by default runs/NAME-TIME."""
-    eval_every: Annotated[int, Field(ge=0)] = 0
+    eval_every: NonNegative = 0
     """Steps between looks at held-out accuracy while training; 0: only before and after."""
     eval_examples: Positive | None = None
     """Held-out rows of such a look; before and after, all are used."""
-    check_every: Annotated[int, Field(ge=0)] = 50
+    check_every: NonNegative = 50
     """Steps between comparisons of the replicas' digests; 0: only at the end."""
 
 
@@ -173,6 +183,7 @@ class Config(Section):
         """
         data = self.model_dump(
             mode="json",
+            exclude_defaults=True,  # so that a key that is added later changes no identity
             exclude={"model": {"path", "device"}, "task": {"train", "test"}, "fleet": True},
         )
         data["threads"] = self.fleet.threads_per_replica
@@ -206,7 +217,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold sections ({', '.join(Config.model_fields)})")
@@ -227,7 +238,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = child
     try:
         values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:  # such as a template, which begins with a brace
+    except (yaml.YAMLError, ValueError):  # such as a template, which begins with a brace
         values[last] = text
 
 

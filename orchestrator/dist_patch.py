@@ -32,7 +32,7 @@ def apply(device: str) -> tuple[str, ...]:
     if device == "cpu":
         applied += [use_cpu_engine(), stand_in_for_sgl_kernel()]
     if os.environ.get("SGLANG_ALLOW_REUSE_DISTRIBUTED", "").lower() in ("1", "true"):
-        applied += [reuse_process_groups(), reset_expert_locations()]
+        applied += [reuse_process_groups(), replace_expert_locations()]
     return tuple(name for name in applied if name)
 
 
@@ -116,7 +116,7 @@ def reuse_process_groups() -> str:
     return "reuse_process_groups"
 
 
-def reset_expert_locations() -> str:
+def replace_expert_locations() -> str:
     """Let a second ModelRunner of a process set its own expert locations.
 
     Symptom: AssertionError in set_global_expert_location_metadata, for the second runner.
@@ -126,13 +126,13 @@ def reset_expert_locations() -> str:
     model_runner = importlib.import_module("sglang.srt.model_executor.model_runner")
     original = _target(model_runner, "set_global_expert_location_metadata")
     if hasattr(original, _MARK):
-        return "reset_expert_locations"
+        return "replace_expert_locations"
 
     def set_anew(value: Any, allow_overwrite: bool = True) -> None:
         original(value, allow_overwrite=allow_overwrite)
 
     _replace(model_runner, "set_global_expert_location_metadata", set_anew)
-    return "reset_expert_locations"
+    return "replace_expert_locations"
 
 
 def _target(module: ModuleType, name: str) -> Callable[..., Any]:

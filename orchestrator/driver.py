@@ -93,17 +93,18 @@ class Driver:
     def check_digests(self) -> str:
         """The trained state's digest, which all replicas must share.
 
-        Raises FleetError naming those that differ from the most.
+        Raises FleetError naming those that differ from most, or all where there is no majority.
         """
         digests = self._fleet.digests()
-        common, _ = Counter(digests.values()).most_common(1)[0]
-        different = [name for name, digest in digests.items() if digest != common]
-        if different:
-            raise FleetError(
-                f"after {self._ledger.next_step} steps the trained state of "
-                f"{', '.join(different)} differs from the others': {digests}"
-            )
-        return common
+        common, count = Counter(digests.values()).most_common(1)[0]
+        if count == len(digests):
+            return common
+        if count > len(digests) / 2:
+            astray = [name for name, digest in digests.items() if digest != common]
+            what = f"the trained state of {', '.join(astray)} differs from the others'"
+        else:  # no majority to tell who is right
+            what = f"the trained states of {', '.join(digests)} differ"
+        raise FleetError(f"after {self._ledger.next_step} steps {what}: {digests}")
 
 
 def _hash(examples: Sequence[int]) -> str:

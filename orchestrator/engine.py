@@ -31,7 +31,7 @@ from torch import nn
 from orchestrator.config import ConfigError
 
 MAX_BATCH_SEQUENCES = 256
-MAX_ROWS_PER_SOFTMAX = 256  # bounds the float32 logits that exist at one time
+MAX_ROWS_PER_SOFTMAX = 1024  # bounds the float32 logits that exist at one time
 FALLBACK_MODULE = "sglang.srt.models.transformers"
 
 
@@ -133,7 +133,6 @@ class Engine:
         """
         on_cpu = device == "cpu"
         self.device = device
-        self._threads = threads
         self._server_args = ServerArgs(
             model_path=model_path,
             dtype=dtype,
@@ -266,7 +265,29 @@ class Engine:
     def _forward(self, batch: list[_Prompt], namespace: str | None) -> tuple[int, int]:
         """Fill in the prompts' log-probabilities; return tokens computed and tokens reused."""
         self._activate()
-        requests = [self._request(prompt, namespace) for prompt in batch]
+        requests: list[Req] = []
+        scored = False
+        try:
+            for prompt in batch:
+                requests.append(self._request(prompt, namespace))
+            num_reused = sum(len(request.prefix_indices) for request in requests)
+            forward_batch = self._prepare(requests)
+            rows, tokens = self._targets(batch, requests)
+            with self._head.scoring(rows, tokens):
+                output = self._runner.forward(forward_batch).logits_output
+            values = iter(output.input_token_logprobs.tolist())
+            scored = True
+        finally:
+            # Entries of a forward that failed must not be found later.
+            keep = namespace is not None and scored
+            for request in requests:
+                self._release(request, keep)
+        for prompt in batch:
+            prompt.logprobs = {pair: next(values) for pair in prompt.logprobs}
+        return sum(len(prompt.tokens) for prompt in batch) - num_reused, num_reused
+
+    def _prepare(self, requests: list[Req]) -> ForwardBatch:
+        """Allocate slots for the requests, and lay them out as one prefill batch."""
         schedule = ScheduleBatch.init_new(
             reqs=requests,
             req_to_token_pool=self._requests,
@@ -280,30 +301,21 @@ class Engine:
         schedule.prepare_for_extend()
         if schedule.input_ids is None:
             schedule.input_ids = schedule.prefill_input_ids_cpu.to(self.device)
-        forward_batch = ForwardBatch.init_new(
-            schedule, self._runner, return_hidden_states_before_norm=False
-        )
+        return ForwardBatch.init_new(schedule, self._runner, return_hidden_states_before_norm=False)
+
+    def _targets(
+        self, batch: list[_Prompt], requests: list[Req]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the flat batch that are scored, and the token to score at each (int64)."""
         rows, tokens = [], []
-        num_computed = num_reused = 0
+        first_row = 0
         for prompt, request in zip(batch, requests, strict=True):
-            reused = len(request.prefix_indices)
+            num_reused = len(request.prefix_indices)
             for position, token in prompt.logprobs:
-                rows.append(num_computed + position - reused)
+                rows.append(first_row + position - num_reused)
                 tokens.append(token)
-            num_computed += len(prompt.tokens) - reused
-            num_reused += reused
-        try:
-            with self._head.scoring(
-                torch.tensor(rows, device=self.device), torch.tensor(tokens, device=self.device)
-            ):
-                output = self._runner.forward(forward_batch).logits_output
-            values = iter(output.input_token_logprobs.tolist())
-        finally:
-            for request in requests:
-                self._release(request, keep=namespace is not None)
-        for prompt in batch:
-            prompt.logprobs = {pair: next(values) for pair in prompt.logprobs}
-        return num_computed, num_reused
+            first_row += len(prompt.tokens) - num_reused
+        return torch.tensor(rows, device=self.device), torch.tensor(tokens, device=self.device)
 
     def _request(self, prompt: _Prompt, namespace: str | None) -> Req:
         request = Req(
@@ -323,9 +335,14 @@ class Engine:
         return request
 
     def _release(self, request: Req, keep: bool) -> None:
+        """Give a request's slots back, however far it came; keep its KV entries if asked."""
         num_tokens = len(request.origin_input_ids)
-        self._cache.cache_finished_req(request, is_insert=keep, kv_len_to_handle=num_tokens)
-        self._requests.free(request)
+        if request.kv_committed_len:  # its KV slots were allocated
+            self._cache.cache_finished_req(request, is_insert=keep, kv_len_to_handle=num_tokens)
+        elif request.last_node is not None:
+            self._cache.dec_lock_ref(request.last_node)
+        if request.req_pool_idx is not None:
+            self._requests.free(request)
 
     def _activate(self) -> None:
         """Make this engine's arguments the process's, if another engine ran last."""

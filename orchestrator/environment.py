@@ -19,6 +19,8 @@ def variables(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         # Several runners share a process, hence its process groups (see dist_patch).
         "SGLANG_ALLOW_REUSE_DISTRIBUTED": "true",
+        # Triton's float32 products are TF32 otherwise, and that noise is divided by eps.
+        "TRITON_F32_DEFAULT": "ieee",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
     }

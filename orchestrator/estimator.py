@@ -20,7 +20,7 @@ from orchestrator.config import Estimator
 from orchestrator.records import Probe, ProbeLoss
 
 BASE_SEED = 0  # stands in a base probe's place for a seed; its sign is 0, so nothing is drawn
-LARGEST_FLOAT32 = 3.4028234663852886e38
+LARGEST_GRADIENT = 1e30  # leaves room for any sensible learning rate in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,13 @@ def estimate(estimator: Estimator, lr: float, losses: Sequence[ProbeLoss]) -> Es
         spread = estimator.eps
     gradients = [_difference(pair, spread) for pair in pairs]
     num_kept = sum(gradient is not None for gradient in gradients)
+    coefficients = [
+        None if gradient is None else float32(-lr / num_kept * gradient) for gradient in gradients
+    ]
     return Estimate(
         losses=tuple(tuple(_finite(value) for value in pair) for pair in pairs),
         gradients=tuple(gradients),
-        coefficients=tuple(
-            None if gradient is None else float32(-lr / num_kept * gradient)
-            for gradient in gradients
-        ),
+        coefficients=tuple(coefficients),
         # A step that keeps no seed must leave the state as it is.
         decay=float32(1 - lr * estimator.weight_decay) if num_kept else 1.0,
     )
@@ -96,6 +96,6 @@ def _finite(value: float) -> float | None:
 
 
 def _difference(pair: tuple[float, float], spread: float) -> float | None:
-    """The finite-difference quotient, or None where float32 could not hold it."""
+    """The finite-difference quotient, or None for one that is as good as infinite."""
     quotient = (pair[0] - pair[1]) / spread
-    return quotient if abs(quotient) <= LARGEST_FLOAT32 else None
+    return quotient if abs(quotient) <= LARGEST_GRADIENT else None

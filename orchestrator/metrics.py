@@ -126,3 +126,8 @@ def baseline(folder: Path) -> float | None:
         if entry["kind"] == "evaluation" and entry["step"] == 0:
             return float(entry["accuracy"])
     return None
+
+
+def read_summary(folder: Path) -> Summary:
+    """What a finished run came to."""
+    return Summary(**json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import ConfigError
 from orchestrator.noise import TensorRegion, tensor_word
 
 # Canonical module -> the engine's fused module, and the members that stand before it there.
@@ -38,7 +39,7 @@ class CanonicalTensor:
 def canonical_tensors(model: nn.Module, checkpoint: Checkpoint) -> list[CanonicalTensor]:
     """All trained tensors of a model, in the order of their names.
 
-    Raises ValueError where the model and the checkpoint do not cover each other exactly, or
+    Raises ConfigError where the model and the checkpoint do not cover each other exactly, or
     where a live value is not the checkpoint's.
     """
     parameters = {name: value.data for name, value in model.named_parameters()}
@@ -51,7 +52,9 @@ def canonical_tensors(model: nn.Module, checkpoint: Checkpoint) -> list[Canonica
         live = _rows(parameters[parameter_name], first_row, checkpoint.shape(name), name)
         initial = checkpoint.read(name).reshape(live.shape)
         if not torch.equal(initial.to(live.dtype), live.cpu()):
-            raise ValueError(f"{name}: the engine's {parameter_name} does not hold its values")
+            raise ConfigError(
+                f"model.path: {name}: the engine's {parameter_name} does not hold its values"
+            )
         covered[parameter_name] += live.numel()
         # One row: the whole tensor is contiguous in the parameter.
         tensors.append(CanonicalTensor(TensorRegion(name, 0, live.numel()), live, initial))
@@ -77,7 +80,7 @@ def _locate(
             if fused_name != candidate and fused_name in parameters:
                 siblings = (name.replace(f".{module}.", f".{member}.") for member in before)
                 return fused_name, sum(checkpoint.shape(sibling)[0] for sibling in siblings)
-    raise ValueError(f"{name}: the engine's model has no parameter that could hold it")
+    raise ConfigError(f"model.path: {name}: the engine's model has no parameter that could hold it")
 
 
 def _rows(
@@ -85,7 +88,9 @@ def _rows(
 ) -> torch.Tensor:
     rows = parameter[first_row : first_row + shape[0]]
     if tuple(rows.shape) != shape:
-        raise ValueError(f"{name}: shape {list(shape)} in the checkpoint, {list(rows.shape)} live")
+        raise ConfigError(
+            f"model.path: {name}: shape {list(shape)} in the checkpoint, {list(rows.shape)} live"
+        )
     return rows.view(1, -1)
 
 
@@ -94,8 +99,9 @@ def _check_coverage(parameters: Mapping[str, torch.Tensor], covered: Mapping[str
         # SGLang pads vocabularies to a multiple of 64 rows; padding is never trained.
         padding = 63 * parameter.shape[-1] if "embed" in name or "lm_head" in name else 0
         if not parameter.numel() - padding <= covered[name] <= parameter.numel():
-            raise ValueError(
-                f"{name}: {parameter.numel()} elements live, {covered[name]} in the checkpoint"
+            raise ConfigError(
+                f"model.path: {name}: {parameter.numel()} elements live, {covered[name]} in the "
+                "checkpoint"
             )
 
 
@@ -105,4 +111,6 @@ def _check_words(names: list[str]) -> None:
     for name in names:
         other = words.setdefault(tensor_word(name), name)
         if other != name:
-            raise ValueError(f"{name} and {other} have the same CRC-32, so they would share noise")
+            raise ConfigError(
+                f"model.path: {name} and {other} have the same CRC-32, so they would share noise"
+            )

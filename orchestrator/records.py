@@ -64,6 +64,7 @@ class ReplicaInfo:
 
     model_class: str
     weights_hash: str
+    data_hash: str
     num_parameters: int
     device: str
     versions: tuple[tuple[str, str], ...]

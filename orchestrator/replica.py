@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from orchestrator import checkpoint, tasks
-from orchestrator.config import Config
+from orchestrator.config import Config, ConfigError
 from orchestrator.dense import DenseSpace
 from orchestrator.engine import Engine
 from orchestrator.objectives import option_cross_entropy
@@ -44,11 +44,18 @@ class Replica:
             master_dtype=getattr(torch, config.space.master),
         )
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        self._encoder = _encoder(config, folder)
+        data = tasks.load(config.task)
+        self._encoder = _encoder(config, folder, data)
+        if self._encoder.longest > self.engine.max_sequence_length:
+            raise ConfigError(
+                f"task.max_length: a sequence has {self._encoder.longest} tokens; model.kv_tokens "
+                f"and the model's context allow {self.engine.max_sequence_length}"
+            )
         self._next_step = 0
         self.info = ReplicaInfo(
             model_class=type(self.engine.model).__name__,
             weights_hash=checkpoint.weights_hash(folder),
+            data_hash=data.fingerprint(),
             num_parameters=self.space.num_parameters,
             device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
             versions=tuple((name, importlib.metadata.version(name)) for name in RECORDED_PACKAGES),
@@ -119,15 +126,15 @@ class Replica:
         return [[next(means) for _ in encoding.spans] for encoding in encodings], scores.num_tokens
 
 
-def _encoder(config: Config, folder: Path) -> tasks.Encoder:
+def _encoder(config: Config, folder: Path, data: tasks.TaskData) -> tasks.Encoder:
     tokenizer = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=config.model.trust_remote_code
     )
 
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text)["input_ids"]
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(texts)["input_ids"]
         return ids
 
     return tasks.Encoder(
-        tasks.load(config.task), tokenize, tokenizer.bos_token_id, config.task.max_length
+        data, tokenize, bos=tokenizer.bos_token_id, max_length=config.task.max_length
     )

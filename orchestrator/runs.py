@@ -4,11 +4,14 @@ Owns what a run folder is and what may change when it is reopened. Knows no tens
 algorithm: the driver has that.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from orchestrator import assets, metrics, output, tasks
 from orchestrator.config import Config, ConfigError, load
@@ -22,6 +25,8 @@ from orchestrator.seed_sync import LEDGER_FORMAT, Header, Ledger
 from orchestrator.tasks import TaskData
 
 RUNS_FOLDER = Path("runs")
+LOCK_FILE = "training.lock"
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
 Say = Callable[[str], None]
 
 
@@ -41,6 +46,10 @@ class Run:
     def log_path(self) -> Path:
         return self.folder / metrics.LOG_FILE
 
+    def is_finished(self) -> bool:
+        """Whether a process took the run to its end, summary and all."""
+        return (self.folder / metrics.SUMMARY_FILE).is_file()
+
 
 # -------------------------------------------------------------------- folders
 
@@ -48,8 +57,13 @@ class Run:
 def choose(path: Path, overrides: Sequence[str]) -> Run:
     """A new run of a recipe. Raises ConfigError before anything is written or started."""
     config = load(path, overrides)
-    folder = Path(config.run.dir or RUNS_FOLDER / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    run = _checked(config, folder)
+    if config.run.dir is None and RAY_JOB_VARIABLE in os.environ:
+        raise ConfigError(
+            "run.dir: must be given in a Ray job, best on storage that the nodes share: Ray "
+            "deletes the job's own working directory"
+        )
+    folder = config.run.dir or RUNS_FOLDER / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = _checked(config, Path(folder))
     if run.ledger_path.exists():
         raise ConfigError(
             f"run.dir: {folder} holds a run already; continue it with --resume {folder}, or "
@@ -78,67 +92,93 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def _checked(config: Config, folder: Path) -> Run:
-    assets.check_model(config.model.path)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
+    """The run, with paths that mean the same in every replica's process."""
+    model, task = config.model, config.task
+    assets.check_model(model.path)
+    sources = {
+        name: source.model_copy(update={"path": assets.absolute(source.path)})
+        for name, source in (("train", task.train), ("test", task.test))
+        if source is not None
+    }
+    folder = folder.absolute()
+    config = config.model_copy(
+        update={
+            "model": model.model_copy(update={"path": assets.absolute(model.path)}),
+            "task": task.model_copy(update=sources),
+            "run": config.run.model_copy(update={"dir": str(folder)}),
+        }
+    )
     return Run(config, tasks.load(config.task), folder)
 
 
 # -------------------------------------------------------------------- verbs
 
 
-def train(run: Run) -> Summary:
+def train(run: Run) -> None:
     """Take the run to its last step; the held-out accuracy before and after goes to the user."""
-    config = run.config
-    _make_folder(run)
-    output.divert(run.log_path)
-    display = Display(output.terminal(), config.run.steps)
+    with _locked_folder(run):
+        display = Display(output.terminal(), run.config.run.steps)
+        if run.is_finished():
+            display.say(f"all {run.config.run.steps} steps are done; nothing is left to do")
+            display.result(metrics.read_summary(run.folder), run.folder)
+            return
+        output.divert(run.log_path)
+        display = Display(output.terminal(), run.config.run.steps)
+        _train(run, display)
+
+
+def _train(run: Run, display: Display) -> None:
     started = time.monotonic()
+    steps, num_held_out = run.config.run.steps, len(run.data.test)
     with (
-        _started_fleet(config, run.log_path, display.say) as (fleet, info),
+        _started_fleet(run, run.log_path, display.say) as (fleet, info),
         _opened_ledger(run, info, display.say) as ledger,
         _closing(Records(run.folder)) as records,
     ):
         speed = Speed()
         driver = Driver(
-            config,
+            run.config,
             fleet,
             ledger,
             [records, display, speed],
             num_train=len(run.data.train),
-            num_test=len(run.data.test),
+            num_test=num_held_out,
         )
-        if ledger.next_step == 0:
-            display.say(f"zero-shot accuracy on {len(run.data.test)} held-out examples ...")
-            baseline: float | None = driver.evaluate(0)
-        else:
+        if ledger.next_step:
+            display.say(f"replaying {ledger.next_step} steps ...")
+            driver.check_digests()
             baseline = metrics.baseline(run.folder)
+        else:
+            display.say(f"zero-shot accuracy on {num_held_out} held-out examples ...")
+            baseline = driver.evaluate(0)
         with display.live(ledger.next_step):
             driver.train()
-        final = driver.evaluate(config.run.steps)
+        final = driver.evaluate(steps)
         summary = Summary(
-            steps=config.run.steps,
+            steps=steps,
             wall_s=time.monotonic() - started,
             evaluations_per_s=speed.per_second(speed.num_probes),
             trained_tokens_per_s=speed.per_second(speed.num_tokens),
             baseline_accuracy=baseline,
             final_accuracy=final,
-            num_held_out=len(run.data.test),
+            num_held_out=num_held_out,
             digest=driver.check_digests(),
             versions=dict(info.versions),
         )
         records.summary(summary)
     display.result(summary, run.folder)
-    return summary
 
 
 def evaluate(run: Run, out: Path, *, trained: bool) -> None:
     """Score all held-out examples, under the base model or the run's trained state."""
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out: {out}: the folder {out.parent} does not exist")
-    log = run.log_path if trained else out.with_suffix(".log")
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise ConfigError(f"--out: {out}: must be the name of a file that ends in .jsonl")
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"--out: {out}: the folder {out.parent} cannot be written to")
+    log = out.with_suffix(".log")
     output.divert(log)
     display = Display(output.terminal(), run.config.run.steps)
-    with _started_fleet(run.config, log, display.say) as (fleet, info):
+    with _started_fleet(run, log.absolute(), display.say) as (fleet, info):
         num_steps = 0
         if trained:
             _, records = Ledger.read(run.ledger_path, _header(run, info))
@@ -174,23 +214,36 @@ class Speed:
         return count / self.seconds if self.seconds else 0.0
 
 
-def _make_folder(run: Run) -> None:
+@contextmanager
+def _locked_folder(run: Run) -> Iterator[None]:
+    """The run's folder, made if need be, and this process the only one that trains in it."""
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / metrics.CONFIG_FILE).write_text(run.config.dump(), encoding="utf-8")
+        lock = FileLock(run.folder / LOCK_FILE)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(f"{run.folder}: another process is training in this folder") from None
     except OSError as error:
         raise ConfigError(f"run.dir: {run.folder}: cannot be written: {error.strerror}") from None
+    with lock:
+        yield
 
 
 @contextmanager
-def _started_fleet(config: Config, log: Path, say: Say) -> Iterator[tuple[Fleet, ReplicaInfo]]:
-    """A fleet whose replicas all stand at the base model."""
+def _started_fleet(run: Run, log: Path, say: Say) -> Iterator[tuple[Fleet, ReplicaInfo]]:
+    """A fleet whose replicas all stand at the base model, and see this process's data."""
+    config = run.config
     _prepare_model(config, say)
     num_replicas = config.fleet.num_replicas
     say(f"starting {num_replicas} {config.fleet.kind} replica{'s' * (num_replicas > 1)} ...")
     fleet = _make_fleet(config, log, say)
     try:
         info = fleet.start()
+        if info.data_hash != run.data.fingerprint():
+            raise ConfigError(
+                "task: the replicas read other rows than this process does; task.train and "
+                "task.test must hold the same on every node"
+            )
         say(f"{info.model_class}, {info.num_parameters:,} parameters, on {info.device}")
         yield fleet, info
     finally:
@@ -235,18 +288,23 @@ def _header(run: Run, info: ReplicaInfo) -> Header:
         model=run.config.model.path,
         weights_hash=info.weights_hash,
         config_hash=run.config.identity(),
-        data_hash=run.data.fingerprint(),
+        data_hash=info.data_hash,
         versions=info.versions,
     )
 
 
 @contextmanager
 def _opened_ledger(run: Run, info: ReplicaInfo, say: Say) -> Iterator[Ledger]:
-    """The run's ledger, new or continued; what was repaired is told."""
+    """The run's ledger, new or continued; what was repaired is told.
+
+    The recipe is written beside it only once the two are known to belong together.
+    """
     header = _header(run, info)
     if run.ledger_path.exists():
         ledger = Ledger.open(run.ledger_path, header)
+        _write_config(run)
     else:
+        _write_config(run)
         ledger = Ledger.create(run.ledger_path, header)
     with ledger:
         for sentence in (*ledger.repairs, *ledger.notes):
@@ -254,6 +312,12 @@ def _opened_ledger(run: Run, info: ReplicaInfo, say: Say) -> Iterator[Ledger]:
         if ledger.next_step:
             say(f"continuing after {ledger.next_step} steps")
         yield ledger
+
+
+def _write_config(run: Run) -> None:
+    unfinished = run.folder / f"{metrics.CONFIG_FILE}.new"
+    unfinished.write_text(run.config.dump(), encoding="utf-8")
+    unfinished.replace(run.folder / metrics.CONFIG_FILE)
 
 
 @contextmanager

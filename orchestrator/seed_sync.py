@@ -111,8 +111,14 @@ class Ledger:
 
         LedgerError if the file exists or cannot be written.
         """
-        with _telling(path, "cannot be created"), path.open("xb", buffering=0) as file:
-            _append_durably(file, _encode(header))
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        with _telling(path, "cannot be created"):
+            with unfinished.open("wb", buffering=0) as file:
+                _append_durably(file, _encode(header))
+            try:
+                os.link(unfinished, path)  # whole or not at all, and never over another
+            finally:
+                unfinished.unlink()
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)  # or the file's name might not outlast a power cut
             os.close(folder)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -156,6 +156,8 @@ def _render(task: Task, index: int, row: _Row) -> Example:
                     f"task.template: {{{name}}} is not a field of {row.origin}; "
                     f"it has {_names(row.fields)}"
                 )
+            if row.fields[name] is None:
+                raise ConfigError(f"task.template: {{{name}}} has no value in {row.origin}")
             return str(row.fields[name])
 
         return re.sub(r"\{(\w+)\}", value, task.template)
@@ -183,36 +185,52 @@ def _label(task: Task, row: _Row) -> int:
 
 
 class Encoder:
-    """Turns examples into tokens, each once."""
+    """All examples of a task as tokens."""
 
     def __init__(
-        self, data: TaskData, tokenize: Callable[[str], list[int]], bos: int | None, max_length: int
+        self,
+        data: TaskData,
+        tokenize: Callable[[list[str]], list[list[int]]],
+        *,
+        bos: int | None,
+        max_length: int,
     ) -> None:
-        """`tokenize` adds the special tokens that the model expects; `bos` survives a cut."""
-        self._data = data
-        self._tokenize = tokenize
+        """Encode everything, so that what is wrong is told before the first step.
+
+        `tokenize` adds the special tokens that the model expects; a `bos` that stands first
+        survives a cut. Raises ConfigError where an option cannot be told from its prompt in
+        tokens, or nothing of a prompt would be left.
+        """
         self._bos = bos
         self._max_length = max_length
-        self._encodings: dict[tuple[Split, int], Encoding] = {}
+        self._splits: dict[Split, list[Encoding]] = {}
+        for split in get_args(Split):
+            examples = data.split(split)
+            texts = [text for example in examples for text in (example.prompt, *example.texts)]
+            tokens = iter(tokenize(texts))
+            self._splits[split] = [
+                self._encode(example, next(tokens), [next(tokens) for _ in example.texts])
+                for example in examples
+            ]
 
     def encode(self, split: Split, ids: Sequence[int]) -> list[Encoding]:
-        """Raises ConfigError where an option cannot be told from its prompt in tokens."""
-        for id in ids:
-            if (split, id) not in self._encodings:
-                self._encodings[split, id] = self._encode(self._data.split(split)[id])
-        return [self._encodings[split, id] for id in ids]
+        return [self._splits[split][id] for id in ids]
 
-    def _encode(self, example: Example) -> Encoding:
-        prompt = self._tokenize(example.prompt)
-        sequences = [self._tokenize(text) for text in example.texts]
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        encodings = [encoding for split in self._splits.values() for encoding in split]
+        return max(len(tokens) for encoding in encodings for tokens in encoding.sequences)
+
+    def _encode(self, example: Example, prompt: list[int], sequences: list[list[int]]) -> Encoding:
         for tokens, text in zip(sequences, example.texts, strict=True):
-            if tokens[: len(prompt)] != prompt or len(tokens) == len(prompt):
+            if not prompt or tokens[: len(prompt)] != prompt or len(tokens) == len(prompt):
                 raise ConfigError(
                     f"task.template: the tokenizer merges prompt and option in {text[-60:]!r}; "
-                    "put a space or a line break before {option}"
+                    "put text, and a space or a line break, before {option}"
                 )
         excess = max(0, max(map(len, sequences)) - self._max_length)
-        if excess >= len(prompt) - 1:
+        if excess and excess >= len(prompt) - 1:
             longest = max(len(tokens) - len(prompt) for tokens in sequences)
             raise ConfigError(
                 f"task.max_length: {self._max_length} leaves no room for a prompt before an "

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCABULARY
+from sglang.srt.mem_cache import allocation
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from transformers import AutoModelForCausalLM
 
 from orchestrator.config import ConfigError
@@ -132,16 +134,29 @@ def test_a_span_outside_its_sequence_is_refused(span: tuple[int, int], engines: 
         engines("llama").score([[3, 4, 5]], [span])
 
 
-def test_a_failing_forward_gives_its_slots_back(
-    engines: Engines, monkeypatch: pytest.MonkeyPatch
+def fail(*_: object, **__: object) -> None:
+    raise RuntimeError("as if out of memory")
+
+
+@pytest.mark.parametrize("place", ["request", "slots", "layout", "forward"])
+@pytest.mark.parametrize("namespace", [None, "a state"])
+def test_a_failure_gives_all_slots_back_and_keeps_no_entries(
+    place: str, namespace: str | None, engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engines("qwen2")
-    before = engine.free_slots()
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("as if out of memory")
-
-    monkeypatch.setattr(engine._runner, "forward", fail)
+    sequences, spans = [[3, 4, 5, 6], [7, 8, 9]], [(3, 4), (1, 3)]
+    engine.score(sequences[:1], spans[:1], namespace)
+    before, kept = engine.free_slots(), engine._cache.total_size()
+    if place == "request":
+        made = iter([engine._request, fail])
+        monkeypatch.setattr(engine, "_request", lambda *arguments: next(made)(*arguments))
+    elif place == "slots":
+        monkeypatch.setattr(allocation, "alloc_token_slots", fail)
+    elif place == "layout":
+        monkeypatch.setattr(ForwardBatch, "init_new", fail)
+    else:
+        monkeypatch.setattr(engine._runner, "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        engine.score([[3, 4, 5]], [(1, 3)], "a state")
-    assert engine.free_slots() == before
+        engine.score(sequences, spans, namespace)
+    assert (engine.free_slots(), engine._cache.total_size()) == (before, kept)
+    assert engine._cache.protected_size() == 0

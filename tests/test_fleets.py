@@ -15,17 +15,19 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 import yaml
 from conftest import DEVICE
 
 from orchestrator import actors
-from orchestrator.config import Config
+from orchestrator.config import Config, ConfigError
 from orchestrator.driver import Driver
 from orchestrator.local import LocalFleet
 from orchestrator.records import FleetError, Probe, StepUpdate
 from orchestrator.seed_sync import Ledger
 
 ROOT = Path(__file__).parent.parent
+STEPS = 30  # enough for a process to be caught between two of them
 pytestmark = pytest.mark.slow
 
 
@@ -53,13 +55,23 @@ def wait_for_steps(folder: Path, count: int) -> None:
     ledger = folder / "ledger.jsonl"
     while not (ledger.exists() and ledger.read_bytes().count(b"\n") > count):
         assert time.monotonic() < deadline, f"{ledger} did not reach {count} steps"
-        time.sleep(0.005)
+        time.sleep(0.002)
+
+
+def needs_devices(num_replicas: int) -> None:
+    if DEVICE == "cuda" and torch.cuda.device_count() < num_replicas:
+        pytest.skip(f"{num_replicas} replicas want a GPU each")
 
 
 @pytest.fixture(scope="module")
-def recipe_path(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) -> Path:
+def long_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {**recipe, "run": {**recipe["run"], "steps": STEPS}}
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory, long_recipe: dict[str, Any]) -> Path:
     path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(long_recipe))
     return path
 
 
@@ -73,7 +85,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """One Ray cluster for all runs of this file; its address is in the environment."""
+    """One Ray cluster for the runs of this file; its address is in the environment."""
     context = ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     address = context.address_info["gcs_address"]
     os.environ["RAY_ADDRESS"] = address
@@ -86,6 +98,7 @@ def cluster() -> Iterator[str]:
 def test_the_ledger_does_not_depend_on_the_fleet(
     num_replicas: int, recipe_path: Path, undisturbed: Path, tmp_path: Path, cluster: str
 ) -> None:
+    needs_devices(num_replicas)
     overrides = ["fleet.kind=ray", f"fleet.num_replicas={num_replicas}", f"run.dir={tmp_path}"]
     finish(launch("train", str(recipe_path), *overrides))
     assert step_lines(tmp_path) == step_lines(undisturbed)
@@ -98,28 +111,48 @@ def test_two_local_replicas_give_the_same_ledger(
     assert step_lines(tmp_path) == step_lines(undisturbed)
 
 
-def test_a_killed_driver_is_resumed_to_the_same_ledger(
-    recipe_path: Path, undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "sent", "status"),
+    [
+        ("ray", signal.SIGKILL, -signal.SIGKILL),
+        ("ray", signal.SIGTERM, 130),
+        ("local", signal.SIGINT, 130),
+    ],
+)
+def test_a_stopped_driver_is_resumed_to_the_same_ledger(
+    kind: str,
+    sent: signal.Signals,
+    status: int,
+    recipe_path: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    cluster: str,
 ) -> None:
-    process = launch("train", str(recipe_path), f"run.dir={tmp_path}")
+    """Stopped between whichever two steps; resumed by a fleet of the other kind."""
+    process = launch("train", str(recipe_path), f"fleet.kind={kind}", f"run.dir={tmp_path}")
     wait_for_steps(tmp_path, 2)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.send_signal(sent)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status, output
+    if sent != signal.SIGKILL:
+        assert f"continue with: python launch.py train --resume {tmp_path}" in output
+        assert "Traceback" not in output
     done = len(step_lines(tmp_path))
-    assert 2 <= done < 6
-    output = finish(launch("train", "--resume", str(tmp_path)))
+    assert 2 <= done < STEPS
+    other = "ray" if kind == "local" else "local"
+    output = finish(launch("train", "--resume", str(tmp_path), f"fleet.kind={other}"))
     assert f"continuing after {done} steps" in output
     assert step_lines(tmp_path) == step_lines(undisturbed)
 
 
 def test_a_run_cut_between_any_two_steps_is_resumed_to_the_same_ledger(
-    recipe: dict[str, Any], undisturbed: Path, tmp_path: Path
+    long_recipe: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     """Every cut, in one process: replay from the base model, then the remaining steps."""
-    config = Config.model_validate(recipe)
+    config = Config.model_validate(long_recipe)
     whole = (undisturbed / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     header, _ = Ledger.read(undisturbed / "ledger.jsonl")
-    for cut in range(len(whole)):
+    for cut in range(STEPS + 1):
         path = tmp_path / f"{cut}.jsonl"
         path.write_bytes(b"".join(whole[: cut + 1]))
         fleet = LocalFleet(config, DEVICE)
@@ -130,28 +163,39 @@ def test_a_run_cut_between_any_two_steps_is_resumed_to_the_same_ledger(
         assert path.read_bytes() == b"".join(whole)
 
 
-def test_control_c_leaves_a_whole_ledger_and_says_how_to_go_on(
-    recipe_path: Path, undisturbed: Path, tmp_path: Path
+def test_two_runs_on_one_machine_do_not_meet(
+    recipe_path: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = launch("train", str(recipe_path), f"run.dir={tmp_path}")
-    wait_for_steps(tmp_path, 2)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"continue with: python launch.py train --resume {tmp_path}" in output
-    assert "Traceback" not in output
-    finish(launch("train", "--resume", str(tmp_path), "run.eval_every=1"))
-    assert step_lines(tmp_path) == step_lines(undisturbed)
+    """Each starts a Ray of its own; and a folder takes one run at a time."""
+    needs_devices(2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    runs = [
+        launch("train", str(recipe_path), "fleet.kind=ray", f"run.dir={tmp_path / name}")
+        for name in ("a", "b")
+    ]
+    wait_for_steps(tmp_path / "a", 0)
+    third = launch("train", "--resume", str(tmp_path / "a"))
+    output, _ = third.communicate(timeout=60)
+    assert (third.returncode, "another process is training" in output) == (2, True), output
+    for name, run in zip(("a", "b"), runs, strict=True):
+        finish(run)
+        assert step_lines(tmp_path / name) == step_lines(undisturbed)
+
+
+Fleets = Callable[..., actors.ActorFleet]
 
 
 @pytest.fixture
-def fleet(
-    recipe: dict[str, Any], tmp_path: Path, cluster: str
-) -> Iterator[Callable[[int], actors.ActorFleet]]:
+def fleets(recipe: dict[str, Any], tmp_path: Path, cluster: str) -> Iterator[Fleets]:
     made = []
 
-    def make(num_replicas: int) -> actors.ActorFleet:
-        values = {**recipe, "fleet": {"kind": "ray", "num_replicas": num_replicas}}
+    def make(num_replicas: int, **task: Any) -> actors.ActorFleet:
+        needs_devices(num_replicas)
+        values = {
+            **recipe,
+            "task": {**recipe["task"], **task},
+            "fleet": {"kind": "ray", "num_replicas": num_replicas},
+        }
         said: list[str] = []
         made.append(actors.ActorFleet(Config.model_validate(values), tmp_path / "log", said.append))
         made[-1].start()
@@ -167,34 +211,46 @@ def probes(step: int) -> list[Probe]:
     return [Probe(step, seed, sign, 1e-3, (1, 2)) for seed in range(4) for sign in (1, -1)]
 
 
-def test_the_work_of_a_dead_actor_is_done_by_the_others(
-    fleet: Callable[[int], actors.ActorFleet],
-) -> None:
-    two = fleet(2)
-    expected = two.evaluate(probes(0))
-    ray.kill(two._seats[0].actor)
-    assert two.evaluate(probes(0)) == expected
-    assert [seat.name for seat in two._seats] == ["replica 1"]
-    two.apply(StepUpdate(0, (5,), (0.5,), 1.0))
-    assert two.evaluate(probes(1)) != expected
-    ray.kill(two._seats[0].actor)
-    with pytest.raises(FleetError, match="replica 1 died, and no replica is left"):
-        two.evaluate(probes(1))
+def test_the_work_of_a_dead_actor_is_done_by_the_others(fleets: Fleets) -> None:
+    three = fleets(3)
+    expected = three.evaluate(probes(0))
+    agreed = set(three.digests().values())
+    ray.kill(three._seats[0].actor)
+    assert three.evaluate(probes(0)) == expected
+    ray.kill(three._seats[0].actor)
+    assert three.digests() == {"replica 2": agreed.pop()}
+    three.apply(StepUpdate(0, (5,), (0.5,), 1.0))
+    assert three.evaluate(probes(1)) != expected
+    ray.kill(three._seats[0].actor)
+    with pytest.raises(FleetError, match="replica 2 died, and no replica is left"):
+        three.evaluate(probes(1))
 
 
-def test_a_replica_that_differs_is_named(
-    fleet: Callable[[int], actors.ActorFleet], tmp_path: Path, undisturbed: Path
-) -> None:
-    three = fleet(3)
+def test_a_replica_that_differs_is_named(fleets: Fleets, tmp_path: Path, undisturbed: Path) -> None:
+    three = fleets(3)
     ledger_path = tmp_path / "ledger.jsonl"
     ledger_path.write_bytes((undisturbed / "ledger.jsonl").read_bytes())
     header, _ = Ledger.read(ledger_path)
     with Ledger.open(ledger_path, header) as ledger:
         driver = Driver(three._config, three, ledger, [], num_train=40, num_test=50)
         agreed = driver.check_digests()
-        astray = three._seats[1]
         rogue = StepUpdate(ledger.next_step, (5,), (1e-6,), 1.0)
-        ray.get(astray.actor.digest.remote([rogue]))
+        ray.get(three._seats[1].actor.digest.remote([rogue]))
         with pytest.raises(FleetError, match=r"trained state of replica 1 differs") as caught:
             driver.check_digests()
         assert agreed in str(caught.value)
+        ray.kill(three._seats[0].actor)
+        three.score("test", range(50))  # notices
+        with pytest.raises(FleetError, match="states of replica 1, replica 2 differ"):
+            driver.check_digests()
+
+
+def test_a_mistake_that_only_a_replica_sees_is_told_as_one(fleets: Fleets) -> None:
+    with pytest.raises(ConfigError, match="task.template: the tokenizer merges") as caught:
+        fleets(1, template="{sentence}{option}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failure_in_a_replica_is_told_as_it_was_there(fleets: Fleets) -> None:
+    with pytest.raises(FleetError, match="replica 0: IndexError: list index out of range"):
+        fleets(1).score("test", [10**6])

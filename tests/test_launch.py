@@ -72,6 +72,10 @@ def test_mistakes_are_told_in_one_line(recipe_path: Path, tmp_path: Path) -> Non
     assert "nowhere.yaml: cannot be read" in mistake("train", tmp_path / "nowhere.yaml")
     assert "holds no config.yaml" in mistake("train", "--resume", tmp_path)
     assert "the folder" in mistake("eval", recipe_path, "--out", tmp_path / "no" / "x.jsonl")
+    assert "ends in .jsonl" in mistake("eval", recipe_path, "--out", tmp_path)
+    assert "estimator.lr: 0" in mistake(
+        "eval", recipe_path, "--out", tmp_path / "x.jsonl", "estimator.lr=0"
+    )
     assert not (tmp_path / "run").exists()  # nothing was started
 
 
@@ -103,12 +107,13 @@ def test_a_run_leaves_its_records(finished: Path, recipe: dict[str, Any]) -> Non
 
 @pytest.mark.slow
 def test_the_console_shows_the_run_and_none_of_the_chatter(finished: Path) -> None:
+    """The chatter goes to the log instead, which is not empty for it."""
     shown = (finished / "stdout.txt").read_text()
     for words in ("zero-shot", "step 1/6", "held-out", "steps/s", f"run folder: {finished}"):
         assert words in shown
     for chatter in ("Warning", "warning", "WARNING", "Init torch", "Loading", "shards"):
         assert chatter not in shown
-    assert "Ignore import error" in (finished / "log.txt").read_text()  # there instead
+    assert (finished / "log.txt").stat().st_size > 100
 
 
 @pytest.mark.slow
@@ -153,9 +158,13 @@ def test_eval_of_a_run_folder_scores_its_trained_state(finished: Path, tmp_path:
 @pytest.mark.slow
 def test_a_run_folder_is_not_trained_into_twice(finished: Path, recipe_path: Path) -> None:
     before = (finished / "ledger.jsonl").read_bytes()
+    summary = (finished / "summary.json").read_text()
     assert "holds a run already" in mistake("train", recipe_path, f"run.dir={finished}")
     line = mistake("train", "--resume", finished, "estimator.lr=1")
     assert "estimator.lr=1: the run in" in line
+    done = launch("train", "--resume", finished)
+    assert (done.returncode, "nothing is left to do" in done.stdout) == (DONE, True)
+    assert (finished / "summary.json").read_text() == summary
     assert (finished / "ledger.jsonl").read_bytes() == before
 
 
@@ -187,9 +196,13 @@ def test_a_ledger_of_another_model_is_refused(
     folder.mkdir()
     (folder / "ledger.jsonl").write_bytes((finished / "ledger.jsonl").read_bytes())
     config = yaml.safe_load((finished / "config.yaml").read_text())
-    config["model"]["path"] = str(model_folders["qwen3"])
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    done = launch("train", "--resume", folder)
-    assert done.returncode == MISTAKE
-    assert "ledger.jsonl: belongs to another model" in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    for override, words in {
+        f"model.path={model_folders['qwen3']}": "ledger.jsonl: belongs to another model",
+        f"task.train.path={config['task']['test']['path']}": "ledger.jsonl: belongs to other data",
+    }.items():
+        done = launch("train", "--resume", folder, override)
+        assert done.returncode == MISTAKE
+        assert words in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        assert yaml.safe_load((folder / "config.yaml").read_text()) == config

@@ -464,8 +464,10 @@ def test_lines_are_on_disk_before_append_returns(
     fsync = os.fsync
 
     def record_and_sync(file: Any) -> None:
-        is_folder = stat.S_ISDIR(os.fstat(file if isinstance(file, int) else file.fileno()).st_mode)
-        synced.append("folder" if is_folder else path.read_bytes())
+        descriptor = file if isinstance(file, int) else file.fileno()
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        name = f"/proc/self/fd/{descriptor}"  # the ledger, under whichever name it has by then
+        synced.append("folder" if is_folder else Path(name).read_bytes())
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", record_and_sync)

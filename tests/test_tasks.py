@@ -30,7 +30,11 @@ def task(path: str, **others: Any) -> Task:
 def encoder(data: tasks.TaskData, max_length: int = 64, bos: int | None = None) -> tasks.Encoder:
     """A tokenizer of one token a word; numbers are the words' lengths."""
     first = [] if bos is None else [bos]
-    return tasks.Encoder(data, lambda text: first + [*map(len, text.split())], bos, max_length)
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        return [first + [*map(len, text.split())] for text in texts]
+
+    return tasks.Encoder(data, tokenize, bos=bos, max_length=max_length)
 
 
 def test_rows_become_prompts_with_every_option(tmp_path: Path) -> None:
@@ -79,6 +83,10 @@ REFUSALS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     r"task.label: label is not a field of .*:1; it has sentence": ([{"sentence": "a"}], {}),
     r"task.label: .*:2: '2' is not an option; accepted: 0 to 1 or one of terrible, great": (
         [ROWS[0], {"sentence": "a", "label": 2}],
+        {},
+    ),
+    r"task.template: \{sentence\} has no value in .*:2": (
+        [ROWS[0], {"sentence": None, "label": 0}],
         {},
     ),
     r"task.train: film is not a field of .*:1": (ROWS, {"rename": {"film": "sentence"}}),
@@ -134,17 +142,25 @@ def test_long_prompts_lose_their_left_end_but_not_bos(tmp_path: Path) -> None:
     assert encoding.spans[0] == (4, 5)
 
 
-def test_options_that_merge_with_the_prompt_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS)
-    data = tasks.load(task(path, template="{sentence}{option}"))
-    with pytest.raises(ConfigError, match=r"task.template: the tokenizer merges .*put a space"):
-        encoder(data).encode("train", [0])
+@pytest.mark.parametrize("template", ["{sentence}{option}", "{option}"])
+def test_options_that_cannot_be_told_from_the_prompt_are_refused(
+    template: str, tmp_path: Path
+) -> None:
+    data = tasks.load(task(write(tmp_path / "rows.jsonl", ROWS), template=template))
+    with pytest.raises(ConfigError, match=r"task.template: the tokenizer merges .*put text"):
+        encoder(data)
 
 
 def test_no_room_for_a_prompt_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ConfigError, match="task.max_length: 2 leaves no room"):
-        encoder(tasks.load(task(path)), max_length=2).encode("train", [0])
+        encoder(tasks.load(task(path)), max_length=2)
+
+
+def test_a_prompt_of_one_token_is_accepted(tmp_path: Path) -> None:
+    data = tasks.load(task(write(tmp_path / "rows.jsonl", ROWS), template="So: {option}"))
+    assert encoder(data).encode("train", [0])[0].spans == ((1, 2), (1, 2))
+    assert encoder(data).longest == 2
 
 
 def test_every_epoch_shows_every_example_once_in_an_order_of_its_own() -> None:
