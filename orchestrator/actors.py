@@ -92,12 +92,13 @@ class ActorFleet:
             num_gpus=1 if device == "cuda" else 0,
             runtime_env={"env_vars": _environment(threads)},
         )
-        loading = []
         for index in range(self._config.fleet.num_replicas):
-            seat = _Seat(f"replica {index}", create.remote())
-            self._seats.append(seat)
-            loading.append((seat, seat.actor.load.remote(self._config, device, self._log)))
-        infos: dict[str, ReplicaInfo] = self._gather(loading)
+            self._seats.append(_Seat(f"replica {index}", create.remote()))
+        self._gather(lambda seat: seat.actor.__ray_ready__.remote(), _free_resources)
+        infos: dict[str, ReplicaInfo] = self._gather(
+            lambda seat: seat.actor.load.remote(self._config, device, self._log),
+            lambda: "to load the model",
+        )
         first = next(iter(infos))
         for name, info in infos.items():
             if info != infos[first]:
@@ -131,7 +132,7 @@ class ActorFleet:
             signal.signal(signal.SIGTERM, on_sigterm)
 
     def _device(self) -> str:
-        """ "cpu" or "cuda"; refuses replicas that could never be placed."""
+        """What all replicas run on; refuses more of them than could ever be placed."""
         wanted = self._config.model.device
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
         device = wanted if wanted != "auto" else "cuda" if num_gpus else "cpu"
@@ -162,7 +163,8 @@ class ActorFleet:
 
     def digests(self) -> dict[str, str]:
         return self._gather(
-            [(seat, seat.actor.digest.remote(self._missing(seat))) for seat in self._seats]
+            lambda seat: seat.actor.digest.remote(self._missing(seat)),
+            lambda: "to catch up and compute its digest",
         )
 
     def _missing(self, seat: _Seat) -> list[StepUpdate]:
@@ -200,9 +202,9 @@ class ActorFleet:
             ) from error
         self._say(f"{seat.name} died; going on with {len(self._seats)}")
 
-    def _gather(self, calls: Sequence[tuple[_Seat, Any]]) -> dict[str, Any]:
-        """One answer of every replica that lives, saying what is waited for."""
-        seats = {reference: seat for seat, reference in calls}
+    def _gather(self, call: Callable[[_Seat], Any], reason: Callable[[], str]) -> dict[str, Any]:
+        """One answer of every replica that lives; the user is told what is waited for and why."""
+        seats = {call(seat): seat for seat in self._seats}
         answers: dict[str, Any] = {}
         pending = list(seats)
         while pending:
@@ -215,12 +217,16 @@ class ActorFleet:
                     self._lose(seat, error)
             if pending:
                 names = ", ".join(seats[reference].name for reference in pending)
-                free = ray.available_resources()
-                self._say(
-                    f"waiting for {names} (free in the cluster: {free.get('CPU', 0):.0f} CPUs, "
-                    f"{free.get('GPU', 0):.0f} GPUs)"
-                )
-        return {seat.name: answers[seat.name] for seat, _ in calls if seat.name in answers}
+                self._say(f"waiting for {names} {reason()}")
+        return {seat.name: answers[seat.name] for seat in self._seats}
+
+
+def _free_resources() -> str:
+    free = ray.available_resources()
+    return (
+        f"to find a place in the cluster, which has {free.get('CPU', 0):.0f} CPUs and "
+        f"{free.get('GPU', 0):.0f} GPUs free"
+    )
 
 
 def _result(seat: _Seat, reference: Any) -> Any:

@@ -138,7 +138,7 @@ def test_a_stopped_driver_is_resumed_to_the_same_ledger(
         assert f"continue with: python launch.py train --resume {tmp_path}" in output
         assert "Traceback" not in output
     done = len(step_lines(tmp_path))
-    assert 2 <= done < STEPS
+    assert 1 <= done < STEPS  # a line whose fsync was interrupted is taken back
     other = "ray" if kind == "local" else "local"
     output = finish(launch("train", "--resume", str(tmp_path), f"fleet.kind={other}"))
     assert f"continuing after {done} steps" in output

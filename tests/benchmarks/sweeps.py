@@ -1,0 +1,75 @@
+"""Elements a second of the noise sweeps on this machine's CPU, a table on standard output.
+
+    python tests/benchmarks/sweeps.py [THREADS]
+
+Medians of seven runs over one tensor of 64 Mi elements, beside torch's plain copy of it.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+from orchestrator import environment
+
+NUM_THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+environment.prepare(NUM_THREADS)
+
+import numba  # noqa: E402
+import torch  # noqa: E402
+
+from orchestrator import sweeps_numba  # noqa: E402
+from orchestrator.noise import NoiseKind, TensorRegion  # noqa: E402
+
+SIZE = 64 * 2**20
+REGION = TensorRegion("model.embed_tokens.weight", 0, SIZE)
+
+
+def measure(name: str, sweep: Callable[[], object]) -> None:
+    sweep()  # compiles
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        sweep()
+        seconds.append(time.perf_counter() - started)
+    print(f"{name:44s} {SIZE / statistics.median(seconds) / 1e6:8.0f} million elements/s")
+
+
+def measure_dtypes(master_dtype: torch.dtype, live_dtype: torch.dtype) -> None:
+    master = torch.randn(1, SIZE).to(master_dtype)
+    live = torch.empty(1, SIZE, dtype=live_dtype)
+    dtypes = f"{master_dtype} -> {live_dtype}".replace("torch.", "")
+    kinds: tuple[NoiseKind, ...] = ("gaussian", "rademacher")
+    for kind in kinds:
+
+        def perturb(kind: NoiseKind = kind) -> None:
+            sweeps_numba.perturb(master, live, REGION, kind=kind, seed=1, coefficient=1e-3)
+
+        def update(kind: NoiseKind = kind, num_seeds: int = 1) -> None:
+            sweeps_numba.update(
+                master,
+                live,
+                REGION,
+                kind=kind,
+                seeds=range(num_seeds),
+                coefficients=[1e-9] * num_seeds,
+                decay=1.0,
+                step=0,
+            )
+
+        measure(f"perturb, {kind}, {dtypes}", perturb)
+        measure(f"update, 1 seed, {kind}, {dtypes}", update)
+        measure(
+            f"update, 8 seeds, {kind}, {dtypes}",
+            lambda update=update: update(num_seeds=8),  # type: ignore[misc]
+        )
+    measure(f"copy, {dtypes}", lambda: live.copy_(master))
+    measure(f"digest, {dtypes}", lambda: sweeps_numba.digest(master, REGION))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(NUM_THREADS)
+    numba.set_num_threads(NUM_THREADS)
+    print(f"{NUM_THREADS} threads, torch {torch.__version__}, numba {numba.__version__}")
+    measure_dtypes(torch.float32, torch.float32)
+    measure_dtypes(torch.float32, torch.bfloat16)
