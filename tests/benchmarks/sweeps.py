@@ -1,6 +1,6 @@
 """Elements a second of the noise sweeps on this machine's CPU, a table on standard output.
 
-    python tests/benchmarks/sweeps.py [THREADS]
+    python -m tests.benchmarks.sweeps [THREADS]
 
 Medians of seven runs over one tensor of 64 Mi elements, beside torch's plain copy of it.
 """
