@@ -7,7 +7,6 @@ that a probe leaves no trace (MeZO's in-place +eps, -2 eps, +eps drifts). Knows 
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
@@ -15,36 +14,7 @@ from orchestrator import sweeps_numba, sweeps_triton
 from orchestrator.noise import NoiseKind, TensorRegion
 from orchestrator.parameters import CanonicalTensor
 from orchestrator.records import StepUpdate
-
-
-class Sweeps(Protocol):
-    """One implementation of the noise specification: numba's or Triton's."""
-
-    def perturb(
-        self,
-        master: torch.Tensor,
-        live: torch.Tensor,
-        region: TensorRegion,
-        *,
-        kind: NoiseKind,
-        seed: int,
-        coefficient: float,
-    ) -> None: ...
-
-    def update(
-        self,
-        master: torch.Tensor,
-        live: torch.Tensor,
-        region: TensorRegion,
-        *,
-        kind: NoiseKind,
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        decay: float,
-        step: int,
-    ) -> None: ...
-
-    def digest(self, values: torch.Tensor, region: TensorRegion) -> int: ...
+from orchestrator.sweeps import Sweeps
 
 
 class DenseSpace:

@@ -30,6 +30,7 @@ from orchestrator.noise import (
     split_words,
     tensor_word,
 )
+from orchestrator.sweeps import check_counts, check_layout, require_unit_columns
 
 TILE = 4096  # elements: one thread's scratch then fits in 48 KiB of first-level cache
 SCRATCH = TILE + 2 * RADEMACHER_BLOCK  # elements: a tile may begin and end inside a block
@@ -83,12 +84,7 @@ def perturb(
     seed: int,
     coefficient: float,
 ) -> None:
-    """Write live = round(master + coefficient * z(seed)), in float32, rounded to nearest even.
-
-    `master` is a contiguous [rows, columns] float32 or bfloat16 tensor; `live` is a view of the
-    same shape, of float32, bfloat16 or float16, with unit column stride. `coefficient` is rounded
-    to float32. Raises ValueError for tensors of another layout.
-    """
+    """See sweeps.Sweeps.perturb."""
     target = _target(master, live)
     _perturb(
         _patterns(master),
@@ -113,15 +109,8 @@ def update(
     decay: float,
     step: int,
 ) -> None:
-    """Set master = master * decay + sum_i coefficients[i] * z(seeds[i]), and live = round(master).
-
-    Tensors are as in `perturb`; coefficients and decay are rounded to float32. The sum is float32,
-    in the order of the seeds; no seeds at all are legal. A bfloat16 master is rounded
-    stochastically with the bits of `step`, and live is rounded to nearest even from the stored
-    master. Raises ValueError for tensors of another layout, or unequal seeds and coefficients.
-    """
-    if len(seeds) != len(coefficients):
-        raise ValueError(f"{len(seeds)} seeds but {len(coefficients)} coefficients")
+    """See sweeps.Sweeps.update."""
+    check_counts(seeds, coefficients)
     target = _target(master, live)
     _update(
         _patterns(master),
@@ -138,29 +127,18 @@ def update(
 
 
 def digest(values: torch.Tensor, region: TensorRegion) -> int:
-    """The checksum in [0, 2**64) of the raw bits of a 2-D float32, bfloat16 or float16 tensor.
-
-    The digests of a tensor's shards add up, modulo 2**64, to the digest of the whole tensor.
-    Raises ValueError unless the column stride is 1.
-    """
-    _require_unit_columns(values)
+    """See sweeps.Sweeps.digest."""
+    require_unit_columns(values)
     partial_sums = _digest(_patterns(values), _frame(values, region))
     return int(np.sum(partial_sums, dtype=np.uint64))
 
 
 def _target(master: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     """Where the kernels write: live itself, or float32 that torch then rounds to float16."""
-    if not master.is_contiguous() or master.shape != live.shape:
-        raise ValueError(f"master must be contiguous and of live's shape {tuple(live.shape)}")
-    _require_unit_columns(live)
+    check_layout(master, live)
     if live.dtype is torch.float16:
         return torch.empty(live.shape, dtype=torch.float32)
     return live
-
-
-def _require_unit_columns(values: torch.Tensor) -> None:
-    if values.shape[1] > 1 and values.stride(1) != 1:
-        raise ValueError(f"columns must be adjacent in memory, but lie {values.stride(1)} apart")
 
 
 def _patterns(values: torch.Tensor) -> NDArray[Any]:

@@ -26,6 +26,7 @@ from orchestrator.noise import (
     gaussian_magnitudes,
     tensor_word,
 )
+from orchestrator.sweeps import check_counts, check_layout, require_unit_columns
 
 # Elements of one program. Rademacher tiles are larger: a block of words serves more elements.
 GAUSSIAN_TILE = 1024
@@ -67,13 +68,8 @@ def perturb(
     seed: int,
     coefficient: float,
 ) -> None:
-    """Write live = round(master + coefficient * z(seed)), in float32, rounded to nearest even.
-
-    `master` is a contiguous [rows, columns] float32 or bfloat16 tensor; `live` is a view of the
-    same shape, of float32, bfloat16 or float16, with unit column stride. `coefficient` is rounded
-    to float32. Raises ValueError for tensors of another layout.
-    """
-    _check_layout(master, live)
+    """See sweeps.Sweeps.perturb."""
+    check_layout(master, live)
     cut = _cut(master, region, kind)
     with torch.cuda.device_of(master):
         _perturb[(cut.programs,)](
@@ -106,16 +102,9 @@ def update(
     decay: float,
     step: int,
 ) -> None:
-    """Set master = master * decay + sum_i coefficients[i] * z(seeds[i]), and live = round(master).
-
-    Tensors are as in `perturb`; coefficients and decay are rounded to float32. The sum is float32,
-    in the order of the seeds; no seeds at all are legal. A bfloat16 master is rounded
-    stochastically with the bits of `step`, and live is rounded to nearest even from the stored
-    master. Raises ValueError for tensors of another layout, or unequal seeds and coefficients.
-    """
-    if len(seeds) != len(coefficients):
-        raise ValueError(f"{len(seeds)} seeds but {len(coefficients)} coefficients")
-    _check_layout(master, live)
+    """See sweeps.Sweeps.update."""
+    check_counts(seeds, coefficients)
+    check_layout(master, live)
     cut = _cut(master, region, kind)
     with torch.cuda.device_of(master):
         _update[(cut.programs,)](
@@ -141,12 +130,8 @@ def update(
 
 
 def digest(values: torch.Tensor, region: TensorRegion) -> int:
-    """The checksum in [0, 2**64) of the raw bits of a 2-D float32, bfloat16 or float16 tensor.
-
-    The digests of a tensor's shards add up, modulo 2**64, to the digest of the whole tensor.
-    Waits for the device. Raises ValueError unless the column stride is 1.
-    """
-    _require_unit_columns(values)
+    """See sweeps.Sweeps.digest. Waits for the device."""
+    require_unit_columns(values)
     rows, columns = values.shape
     tiles = triton.cdiv(columns, DIGEST_TILE)
     partial_sums = torch.empty(rows * tiles, dtype=torch.int64, device=values.device)
@@ -163,17 +148,6 @@ def digest(values: torch.Tensor, region: TensorRegion) -> int:
             TILE=DIGEST_TILE,
         )
     return int(partial_sums.sum()) % 2**64
-
-
-def _check_layout(master: torch.Tensor, live: torch.Tensor) -> None:
-    if not master.is_contiguous() or master.shape != live.shape:
-        raise ValueError(f"master must be contiguous and of live's shape {tuple(live.shape)}")
-    _require_unit_columns(live)
-
-
-def _require_unit_columns(values: torch.Tensor) -> None:
-    if values.shape[1] > 1 and values.stride(1) != 1:
-        raise ValueError(f"columns must be adjacent in memory, but lie {values.stride(1)} apart")
 
 
 def _patterns(values: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
     {"config", "records", "environment", "output"},
     {"assets", "noise"},
-    {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps_numba"}
-    | {"sweeps_triton", "evaluate", "metrics", "dist_patch"},
-    {"engine", "parameters", "progress"},
+    {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
+    | {"evaluate", "metrics", "dist_patch"},
+    {"engine", "parameters", "progress", "sweeps_numba", "sweeps_triton"},
     {"dense"},
     {"replica"},
     {"actors", "local"},
@@ -24,7 +24,7 @@ OWNERS = {
     "sglang": {"engine"},
     "triton": {"sweeps_triton"},
     "numba": {"sweeps_numba", "replica"},
-    "torch": {"engine", "checkpoint", "parameters", "dense", "replica", "sweeps_numba"}
+    "torch": {"engine", "checkpoint", "parameters", "dense", "replica", "sweeps", "sweeps_numba"}
     | {"sweeps_triton", "runs"},
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
