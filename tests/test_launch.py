@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -206,3 +207,11 @@ def test_a_ledger_of_another_model_is_refused(
         assert words in done.stdout + done.stderr
         assert "Traceback" not in done.stdout + done.stderr
         assert yaml.safe_load((folder / "config.yaml").read_text()) == config
+
+
+def test_a_ray_job_must_say_where_its_records_go(
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray deletes a job's own working directory, where the default run folder would lie."""
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
+    assert "run.dir: must be given in a Ray job" in mistake("train", recipe_path)
