@@ -116,15 +116,15 @@ def _checked(config: Config, folder: Path) -> Run:
 
 def train(run: Run) -> None:
     """Take the run to its last step; the held-out accuracy before and after goes to the user."""
+    steps = run.config.run.steps
     with _locked_folder(run):
-        display = Display(output.terminal(), run.config.run.steps)
         if run.is_finished():
-            display.say(f"all {run.config.run.steps} steps are done; nothing is left to do")
+            display = Display(output.terminal(), steps)
+            display.say(f"all {steps} steps are done; nothing is left to do")
             display.result(metrics.read_summary(run.folder), run.folder)
-            return
-        output.divert(run.log_path)
-        display = Display(output.terminal(), run.config.run.steps)
-        _train(run, display)
+        else:
+            output.divert(run.log_path)
+            _train(run, Display(output.terminal(), steps))
 
 
 def _train(run: Run, display: Display) -> None:

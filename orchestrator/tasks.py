@@ -130,7 +130,10 @@ def _read_json_lines(key: str, path: Path) -> list[_Row]:
 def _read_csv(key: str, path: Path) -> list[_Row]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(_text(key, path), newline=""))
-    return [_Row(dict(fields), f"{path}:{reader.line_num}") for fields in reader]
+    try:
+        return [_Row(dict(fields), f"{path}:{reader.line_num}") for fields in reader]
+    except csv.Error as error:
+        raise ConfigError(f"{key}.path: {path}:{reader.line_num}: not CSV: {error}") from None
 
 
 def _text(key: str, path: Path) -> str:
