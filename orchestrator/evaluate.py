@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from orchestrator.records import ExampleScore
@@ -16,10 +17,4 @@ def write_scores(path: Path, scores: Sequence[ExampleScore]) -> None:
     """One JSON object a line: id, label, scores (mean log-probability per option), prediction."""
     with path.open("w", encoding="utf-8") as file:
         for score in scores:
-            fields = {
-                "id": score.id,
-                "label": score.label,
-                "scores": score.scores,
-                "prediction": score.prediction,
-            }
-            file.write(json.dumps(fields) + "\n")
+            file.write(json.dumps(asdict(score)) + "\n")

@@ -29,7 +29,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class ProbeLoss:
-    """A probe's scalar: the mean loss over its examples, and how many prompt tokens it scored."""
+    """A probe's scalar, the mean loss over its examples, and how many tokens it took to compute."""
 
     value: float
     num_tokens: int
