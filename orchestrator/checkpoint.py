@@ -5,6 +5,7 @@ knows nothing of engines or of what the tensors are for.
 """
 
 import hashlib
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.assets import check_model, dequantized_folder, resolve_file
@@ -83,20 +84,16 @@ def weights_hash(folder: Path) -> str:
 
 
 class Checkpoint:
-    """The tensors of a folder's weight files, by their Hugging Face names.
+    """The tensors of a folder's weight files, by the names that they have there.
 
     .bin files are read with `weights_only`, which runs no code of theirs.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Open all files. Raises ConfigError, naming the file, for one that is damaged."""
         self._readers: dict[str, Any] = {}
         for path in weight_files(folder):
-            if path.suffix == ".safetensors":
-                reader: Any = safe_open(path, framework="pt")
-                names = reader.keys()
-            else:
-                reader = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-                names = reader
+            reader, names = _open(path)
             trained = [name for name in names if not name.endswith(BUFFERS)]
             self._readers.update(dict.fromkeys(trained, reader))
 
@@ -115,3 +112,16 @@ class Checkpoint:
         reader = self._readers[name]
         tensor: torch.Tensor = reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
         return tensor
+
+
+def _open(path: Path) -> tuple[Any, list[str]]:
+    """A weight file's reader and its tensors' names. Raises ConfigError for a damaged file."""
+    try:
+        if path.suffix == ".safetensors":
+            reader: Any = safe_open(path, framework="pt")
+            return reader, list(reader.keys())
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return tensors, list(tensors)
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.path: {path}: not a readable weight file: {reason}") from None

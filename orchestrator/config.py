@@ -43,6 +43,8 @@ class Model(Section):
     """Size of a replica's KV pool, in tokens; larger batches are split."""
     trust_remote_code: bool = False
     """Whether code that a model's folder brings along may run."""
+    allow_fallback: bool = False
+    """Whether SGLang may run transformers' code for a model that it does not serve natively."""
 
 
 class Space(Section):

@@ -5,8 +5,9 @@ that a probe leaves no trace (MeZO's in-place +eps, -2 eps, +eps drifts). Knows 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -14,11 +15,26 @@ from orchestrator import sweeps_numba, sweeps_triton
 from orchestrator.noise import NoiseKind, TensorRegion
 from orchestrator.parameters import CanonicalTensor
 from orchestrator.records import StepUpdate
+from orchestrator.runner import gather_from_ranks, sum_over_ranks
 from orchestrator.sweeps import Sweeps
+from orchestrator.tensor_map import Shard
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedTensor:
+    """What this process trains of a canonical tensor; both values are [rows, columns]."""
+
+    region: TensorRegion
+    shard: Shard
+    master: torch.Tensor
+    live: torch.Tensor
 
 
 class DenseSpace:
-    """Master and live weights of one replica."""
+    """Master and live weights of one replica, or of its part on one tensor-parallel rank.
+
+    All ranks of a replica make the same calls; digests and exported values are of all of them.
+    """
 
     def __init__(
         self, tensors: Sequence[CanonicalTensor], *, noise: NoiseKind, master_dtype: torch.dtype
@@ -26,15 +42,22 @@ class DenseSpace:
         device = tensors[0].live.device
         self._noise = noise
         self._sweeps: Sweeps = sweeps_triton if device.type == "cuda" else sweeps_numba
-        self._tensors = [
-            (tensor.region, tensor.initial.to(device, master_dtype, copy=True), tensor.live)
+        self.tensors = [
+            TrainedTensor(
+                tensor.region,
+                tensor.shard,
+                tensor.initial.to(device, master_dtype, copy=True).contiguous(),
+                tensor.live,
+            )
             for tensor in tensors
         ]
         self.restore()
 
     @property
     def num_parameters(self) -> int:
-        return sum(master.numel() for _, master, _ in self._tensors)
+        """Trained elements, over all ranks."""
+        counted = (tensor.master.numel() for tensor in self.tensors if tensor.shard.counted)
+        return sum_over_ranks([sum(counted)])[0]
 
     @contextmanager
     def probing(self) -> Iterator["DenseSpace"]:
@@ -49,23 +72,28 @@ class DenseSpace:
         if coefficient == 0:
             self.restore()
             return
-        for region, master, live in self._tensors:
+        for tensor in self.tensors:
             self._sweeps.perturb(
-                master, live, region, kind=self._noise, seed=seed, coefficient=coefficient
+                tensor.master,
+                tensor.live,
+                tensor.region,
+                kind=self._noise,
+                seed=seed,
+                coefficient=coefficient,
             )
 
     def restore(self) -> None:
         """live = master, rounded to nearest."""
-        for _, master, live in self._tensors:
-            live.copy_(master)
+        for tensor in self.tensors:
+            tensor.live.copy_(tensor.master)
 
     def apply(self, update: StepUpdate) -> None:
         """master = master * decay + sum of coefficient * z(seed), in order; live follows."""
-        for region, master, live in self._tensors:
+        for tensor in self.tensors:
             self._sweeps.update(
-                master,
-                live,
-                region,
+                tensor.master,
+                tensor.live,
+                tensor.region,
                 kind=self._noise,
                 seeds=update.seeds,
                 coefficients=update.coefficients,
@@ -74,15 +102,42 @@ class DenseSpace:
             )
 
     def digest(self) -> str:
-        """Checksum (128 bits, hex) of the trained state; the same on every device."""
-        return self._digest([(region, master) for region, master, _ in self._tensors])
+        """Checksum (128 bits, hex) of the trained state, the same on any device at any tp_size."""
+        return self._digest(lambda tensor: tensor.master)
 
     def live_digest(self) -> str:
         """Checksum of the weights that the engine runs with."""
-        return self._digest([(region, live) for region, _, live in self._tensors])
+        return self._digest(lambda tensor: tensor.live)
 
-    def _digest(self, values: Sequence[tuple[TensorRegion, torch.Tensor]]) -> str:
+    def _digest(self, value: Callable[[TrainedTensor], torch.Tensor]) -> str:
+        parts = [
+            self._sweeps.digest(value(tensor), tensor.region) if tensor.shard.counted else 0
+            for tensor in self.tensors
+        ]
         total = hashlib.blake2b(digest_size=16)
-        for region, tensor in values:
-            total.update(f"{region.name} {self._sweeps.digest(tensor, region):016x}\n".encode())
+        for tensor, checksum in zip(self.tensors, sum_over_ranks(parts), strict=True):
+            total.update(f"{tensor.region.name} {checksum:016x}\n".encode())
         return total.hexdigest()
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The trained weights as the engine runs with them: canonical name, whole tensor on CPU.
+
+        On rank 0; other ranks take part and yield nothing.
+        """
+        self.restore()
+        for tensor in self.tensors:
+            parts = gather_from_ranks((tensor.shard, tensor.live.cpu()))
+            if parts is not None:
+                yield tensor.region.name, _assembled(parts)
+
+
+def _assembled(parts: Sequence[tuple[Shard, torch.Tensor]]) -> torch.Tensor:
+    """The whole tensor, of the ranks' parts of it."""
+    first, value = parts[0]
+    whole = torch.empty(first.full_shape, dtype=value.dtype)
+    cells = whole.view(-1, first.full_columns)
+    for shard, part in parts:
+        rows = slice(shard.first_row, shard.first_row + shard.num_rows)
+        columns = slice(shard.first_column, shard.first_column + shard.num_columns)
+        cells[rows, columns] = part.view(shard.num_rows, shard.num_columns)
+    return whole

@@ -1,15 +1,19 @@
 """Every change that is made to SGLang's behaviour, one function each.
 
 `apply()` is the only entry. It must run before the first import of `orchestrator.engine`, and
-never runs at import. Each patch says its symptom, its cause, the SGLang it was written for and
-when it can go; each is idempotent and checks that its target still looks as expected.
+never runs at import. Each patch says its symptom, its cause, the versions of SGLang in which both
+were seen, and when it can go. Each is idempotent, and refuses a target that does not look as it
+did in that version. What a patch replaces stays in reach as `__wrapped__`; the tests show its
+symptom, so that a release that mends it is noticed.
 
 With SGLANG_ALLOW_REUSE_DISTRIBUTED unset or false, process groups behave as in stock SGLang.
 """
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.metadata
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +21,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 SGLANG_VERSION = "0.5.17"
-_MARK = "_orchestrator_patch"
+# The modules of OPT that SGLang's LoRA code does not know by name.
+OPT_MODULES = frozenset({"fc1", "fc2"})
+_LORA_MODULES_THAT_PIN = ("backend.torch_backend", "layers", "lora", "mem_pool")
 
 
 def apply(device: str) -> tuple[str, ...]:
@@ -31,8 +37,10 @@ def apply(device: str) -> tuple[str, ...]:
     applied = []
     if device == "cpu":
         applied += [use_cpu_engine(), stand_in_for_sgl_kernel()]
+        applied += [leave_nccl_out_on_cpu(), ignore_pinned_memory()]
+    applied += [name_opt_modules_to_lora()]
     if os.environ.get("SGLANG_ALLOW_REUSE_DISTRIBUTED", "").lower() in ("1", "true"):
-        applied += [reuse_process_groups(), replace_expert_locations()]
+        applied += [reuse_world(), reuse_process_groups(), replace_expert_locations()]
     return tuple(name for name in applied if name)
 
 
@@ -41,7 +49,7 @@ def use_cpu_engine() -> str:
 
     Symptom: on a machine without a GPU, Llama's rotary embedding tries to import vllm.
     Cause: SGLang picks its CPU implementations only where SGLANG_USE_CPU_ENGINE is set.
-    Can go when SGLang follows ServerArgs.device instead.
+    Seen in 0.5.17. Can go when SGLang follows ServerArgs.device instead.
     """
     if "sglang" in sys.modules and os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         raise RuntimeError("dist_patch.apply('cpu') must run before sglang is imported")
@@ -71,7 +79,7 @@ def stand_in_for_sgl_kernel() -> str:
     Symptom: ImportError: libcuda.so.1, from `import sgl_kernel`.
     Cause: the wheel's shared library links the driver, and SGLang imports names from it even
     where the CPU path never calls them.
-    Can go when sglang-kernel ships a CPU build, or SGLang guards these imports.
+    Seen in 0.5.17. Can go when sglang-kernel ships a CPU build, or SGLang guards these imports.
     """
     if isinstance(sys.modules.get("sgl_kernel"), _AbsentKernels):
         return "stand_in_for_sgl_kernel"
@@ -88,22 +96,127 @@ def stand_in_for_sgl_kernel() -> str:
     return "stand_in_for_sgl_kernel"
 
 
+def leave_nccl_out_on_cpu() -> str:
+    """Let several processes of a machine without a GPU hold a model together, over gloo.
+
+    Symptom: with tp_size 2 on CPU, starting fails inside PyNcclCommunicator.
+    Cause: NCCL's library is installed, so every group tries to use it, whatever its backend.
+    Seen in 0.5.17. Can go when groups over gloo leave NCCL and the custom all-reduce alone.
+    """
+    parallel_state = importlib.import_module("sglang.srt.distributed.parallel_state")
+    original = _target(
+        parallel_state, "init_model_parallel_group", "backend", "use_pynccl", "use_custom_allreduce"
+    )
+
+    def init_group(group_ranks: Any, local_rank: int, backend: str, **others: Any) -> Any:
+        if backend == "gloo":
+            others |= {"use_pynccl": False, "use_custom_allreduce": False}
+        return original(group_ranks, local_rank, backend, **others)
+
+    _replace(parallel_state, "init_model_parallel_group", init_group)
+    return "leave_nccl_out_on_cpu"
+
+
+class _Unpinned(ModuleType):
+    """Torch, except that what it is asked to pin it leaves where it is."""
+
+    def __init__(self, torch: ModuleType) -> None:
+        super().__init__("torch")
+        self._torch = torch
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._torch, name)
+        if name not in ("tensor", "empty", "zeros", "ones", "arange"):
+            return attribute
+        return lambda *values, pin_memory=False, **others: attribute(*values, **others)
+
+
+def ignore_pinned_memory() -> str:
+    """Let adapters run where there is no CUDA driver.
+
+    Symptom: RuntimeError, "Cannot access accelerator device when none is available", or "Need to
+    provide pin_memory allocator", when an adapter is loaded or used.
+    Cause: SGLang's LoRA code pins host memory without asking whether there is a device.
+    Seen in 0.5.17. Can go when it asks, as the rest of SGLang does.
+    """
+    torch = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        return ""
+    for name in _LORA_MODULES_THAT_PIN:
+        module = importlib.import_module(f"sglang.srt.lora.{name}")
+        if not isinstance(module.torch, _Unpinned):
+            module.torch = _Unpinned(torch)
+    if not hasattr(torch.Tensor.pin_memory, "__wrapped__"):
+
+        @functools.wraps(torch.Tensor.pin_memory)
+        def leave_in_place(tensor: Any, *_: Any) -> Any:
+            return tensor
+
+        torch.Tensor.pin_memory = leave_in_place
+    return "ignore_pinned_memory"
+
+
+def name_opt_modules_to_lora() -> str:
+    """Let adapters act on all of OPT's linear modules, at any tp_size.
+
+    Symptom: "all-linear" leaves fc1 and fc2 out; with tp_size 2, fc2's adapter has the wrong shape.
+    Cause: LoRA's tables of known and of row-parallel modules do not name them.
+    Seen in 0.5.17. Can go when a model can say these things of its modules itself.
+    """
+    utils: Any = importlib.import_module("sglang.srt.lora.utils")
+    for table in ("_KNOWN_LORA_TARGET_MODULES", "ROW_PARALLELISM_LINEAR_LORA_NAMES"):
+        if "out_proj" not in getattr(utils, table, ()):
+            _refuse(f"{utils.__name__}.{table} does not name out_proj")
+    utils._KNOWN_LORA_TARGET_MODULES |= OPT_MODULES
+    if "fc2" not in utils.ROW_PARALLELISM_LINEAR_LORA_NAMES:
+        utils.ROW_PARALLELISM_LINEAR_LORA_NAMES.append("fc2")  # others hold this very list
+    return "name_opt_modules_to_lora"
+
+
+def reuse_world() -> str:
+    """Let the runners of a process share its rank in one world, and need no port for it.
+
+    Symptom: a runner that asks for another rank than its process has silently gets that one; and
+    processes that start together now and then fail with EADDRINUSE.
+    Cause: once torch.distributed is initialised, later arguments are ignored; and the rendezvous
+    is a TCP port that was free when it was looked up, and may be taken when it is used.
+    Seen in 0.5.17. Can go when SGLang takes a store, and compares ranks.
+    """
+    bootstrap = importlib.import_module("sglang.srt.distributed.bootstrap")
+    original = _target(bootstrap, "init_distributed_environment", "world_size", "rank", "backend")
+    distributed = importlib.import_module("torch.distributed")
+
+    def join_or_reuse(*, world_size: int, rank: int, backend: str, **others: Any) -> None:
+        if distributed.is_initialized():
+            existing = distributed.get_rank(), distributed.get_world_size()
+            if existing != (rank, world_size):
+                raise RuntimeError(
+                    f"this process is rank {existing[0]} of {existing[1]}; a runner that is rank "
+                    f"{rank} of tp_size {world_size} needs a process of its own"
+                )
+        elif world_size == 1:
+            store = distributed.HashStore()
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        original(world_size=world_size, rank=rank, backend=backend, **others)
+
+    _replace(bootstrap, "init_distributed_environment", join_or_reuse)
+    return "reuse_world"
+
+
 def reuse_process_groups() -> str:
     """Let a second ModelRunner of a process share the groups that the first one made.
 
     Symptom: AssertionError: tensor model parallel group is already initialized.
     Cause: sglang.srt.distributed.bootstrap calls initialize_model_parallel for every runner.
-    Can go when SGLang's runners take existing groups.
+    Seen in 0.5.17. Can go when SGLang's runners take existing groups.
     """
     bootstrap = importlib.import_module("sglang.srt.distributed.bootstrap")
     parallel_state = importlib.import_module("sglang.srt.distributed.parallel_state")
-    original = _target(bootstrap, "initialize_model_parallel")
-    if hasattr(original, _MARK):
-        return "reuse_process_groups"
+    original = _target(bootstrap, "initialize_model_parallel", "tensor_model_parallel_size")
 
-    def initialize_or_reuse(*, tensor_model_parallel_size: int, **kwargs: Any) -> None:
+    def initialize_or_reuse(*, tensor_model_parallel_size: int, **others: Any) -> None:
         if not parallel_state.model_parallel_is_initialized():
-            original(tensor_model_parallel_size=tensor_model_parallel_size, **kwargs)
+            original(tensor_model_parallel_size=tensor_model_parallel_size, **others)
             return
         existing = parallel_state.get_tensor_model_parallel_world_size()
         if existing != tensor_model_parallel_size:
@@ -121,29 +234,38 @@ def replace_expert_locations() -> str:
 
     Symptom: AssertionError in set_global_expert_location_metadata, for the second runner.
     Cause: ModelRunner sets process-wide metadata without allow_overwrite.
-    Can go when SGLang keeps this metadata per runner.
+    Seen in 0.5.17. Can go when SGLang keeps this metadata per runner.
     """
     model_runner = importlib.import_module("sglang.srt.model_executor.model_runner")
-    original = _target(model_runner, "set_global_expert_location_metadata")
-    if hasattr(original, _MARK):
-        return "replace_expert_locations"
+    name = "set_global_expert_location_metadata"
+    original = _target(model_runner, name, "allow_overwrite")
 
-    def set_anew(value: Any, allow_overwrite: bool = True) -> None:
-        original(value, allow_overwrite=allow_overwrite)
+    def set_anew(metadata: Any, allow_overwrite: bool = True) -> None:
+        original(metadata, allow_overwrite=allow_overwrite)
 
-    _replace(model_runner, "set_global_expert_location_metadata", set_anew)
+    _replace(model_runner, name, set_anew)
     return "replace_expert_locations"
 
 
-def _target(module: ModuleType, name: str) -> Callable[..., Any]:
+def _target(module: ModuleType, name: str, *parameters: str) -> Callable[..., Any]:
+    """The function that SGLang brings, with the parameters that a patch relies on."""
     function: Callable[..., Any] | None = getattr(module, name, None)
-    if function is None or not callable(function):
-        raise RuntimeError(
-            f"{module.__name__}.{name} is not there: dist_patch wants sglang {SGLANG_VERSION}"
-        )
+    if function is None:
+        _refuse(f"{module.__name__}.{name} is not there")
+    function = inspect.unwrap(function)
+    for parameter in parameters:
+        if parameter not in inspect.signature(function).parameters:
+            _refuse(f"{module.__name__}.{name} has no parameter {parameter}")
     return function
 
 
+def _refuse(problem: str) -> NoReturn:
+    raise RuntimeError(f"{problem}: dist_patch is for sglang {SGLANG_VERSION}")
+
+
 def _replace(module: ModuleType, name: str, replacement: Callable[..., Any]) -> None:
-    setattr(replacement, _MARK, True)
-    setattr(module, name, replacement)
+    """Put a replacement in place, unless one is there already."""
+    original = getattr(module, name)
+    if not hasattr(original, "__wrapped__"):
+        functools.update_wrapper(replacement, original)
+        setattr(module, name, replacement)

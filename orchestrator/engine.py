@@ -1,38 +1,35 @@
-"""The engine: the only owner of an SGLang ModelRunner and its RadixCache.
+"""The engine: the only owner of a runner and its RadixCache.
 
-Loads a model, scores spans of token sequences, and gives every slot back. Knows token ids and
-log-probabilities; knows nothing of text, options, losses, perturbations or Ray.
+Loads a model, scores spans of token sequences, continues prompts, and gives every slot back. Knows
+token ids and log-probabilities; knows nothing of text, options, losses, perturbations or Ray.
 `dist_patch.apply()` must have run before this module is imported.
 """
 
-import gc
 import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed.parallel_state_wrapper import ParallelState
 from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.runtime_context import publish
+from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import nn
 
 from orchestrator.config import ConfigError
+from orchestrator.runner import ALONE, Runner, World
 
 MAX_BATCH_SEQUENCES = 256
 MAX_ROWS_PER_SOFTMAX = 1024  # bounds the float32 logits that exist at one time
-FALLBACK_MODULE = "sglang.srt.models.transformers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +105,11 @@ class _Prompt:
 
 
 class Engine:
-    """A model on one device, ready to score.
+    """A model on one device, ready to score and to generate.
 
-    Several engines may live in one process and be used in any order.
+    Several engines may live in one process and be used in any order. With a `world` of several
+    ranks, every rank holds its part of the model and makes the same calls.
     """
-
-    _active: "Engine | None" = None
 
     def __init__(
         self,
@@ -124,23 +120,29 @@ class Engine:
         kv_tokens: int,
         threads: int = 1,
         trust_remote_code: bool = False,
+        allow_fallback: bool = False,
+        cuda_graphs: bool = False,
+        world: World = ALONE,
     ) -> None:
         """Load the model.
 
         `model_path` is a folder in Hugging Face's layout; `device` "cpu" or "cuda"; `kv_tokens`
-        the size of the KV pool. Raises ConfigError where SGLang has no implementation of its own
-        for the model's architecture.
+        the size of the KV pool. Raises ConfigError for a checkpoint that does not fit the model,
+        and, unless `allow_fallback`, where SGLang has no implementation of its own for the
+        model's architecture.
         """
         on_cpu = device == "cpu"
         self.device = device
-        self._server_args = ServerArgs(
+        self.world = world
+        arguments = ServerArgs(
             model_path=model_path,
             dtype=dtype,
             device=device,
+            tp_size=world.size,
             trust_remote_code=trust_remote_code,
             attention_backend="torch_native" if on_cpu else "triton",
             sampling_backend="pytorch",
-            disable_cuda_graph=True,
+            disable_cuda_graph=on_cpu or not cuda_graphs,
             disable_overlap_schedule=True,
             max_total_tokens=kv_tokens,
             max_running_requests=MAX_BATCH_SEQUENCES,
@@ -149,19 +151,17 @@ class Engine:
             enable_fp32_lm_head=True,
             random_seed=0,
         )
-        self._runner = self._build_runner()
+        model_config = ModelConfig.from_server_args(arguments)
+        if not allow_fallback:
+            _require_native(model_config)
+        self._runner = Runner(arguments, model_config, world)
         if on_cpu:  # SGLang sets the number to that of the machine's cores
             torch.set_num_threads(threads)
-        if type(self.model).__module__ == FALLBACK_MODULE:
-            architectures = self._runner.model_config.hf_config.architectures
-            raise ConfigError(
-                f"model.path: SGLang has no native implementation of {architectures}; "
-                "choose a model of an architecture that it serves natively"
-            )
+        runner = self._runner.model_runner
         self._head = ScoringHead(self.model.logits_processor)
         self.model.logits_processor = self._head
-        self._allocator = self._runner.token_to_kv_pool_allocator
-        self._requests = self._runner.req_to_token_pool
+        self._allocator = runner.token_to_kv_pool_allocator
+        self._requests = runner.req_to_token_pool
         self._cache = RadixCache(
             CacheInitParams(
                 disable=False,
@@ -171,34 +171,19 @@ class Engine:
             )
         )
         self._kv_tokens = self._allocator.available_size()
+        self._max_sequences = len(self._requests.free_slots)  # SGLang lowers it to suit the pool
         self._request_ids = itertools.count()
-
-    def _build_runner(self) -> Any:
-        arguments = self._server_args
-        runner = ModelRunner(
-            model_config=ModelConfig.from_server_args(arguments),
-            mem_fraction_static=arguments.mem_fraction_static,
-            gpu_id=0,
-            ps=_single_process(),
-            nccl_port=PortArgs.init_new(arguments).nccl_port,
-            server_args=arguments,
-        )
-        runner.alloc_memory_pool()
-        runner.init_attention_backends()
-        runner.init_cuda_graphs()
-        Engine._active = self
-        return runner
 
     @property
     def model(self) -> nn.Module:
         """The live model; its parameters may be written in place between calls."""
-        model: nn.Module = self._runner.model
+        model: nn.Module = self._runner.model_runner.model
         return model
 
     @property
     def max_sequence_length(self) -> int:
         """Longest sequence, in tokens, that a call may score."""
-        return int(min(self._runner.model_config.context_len, self._kv_tokens))
+        return int(min(self._runner.model_runner.model_config.context_len, self._kv_tokens))
 
     def free_slots(self) -> tuple[int, int]:
         """KV slots (tokens) and request slots that are free or held by evictable entries."""
@@ -231,8 +216,9 @@ class Engine:
             prompt.logprobs.update(dict.fromkeys(wanted, 0.0))
             pairs.append((prompt, wanted))
         num_tokens = num_reused = 0
-        for batch in self._split(list(prompts.values())):
-            computed, reused = self._forward(batch, namespace)
+        distinct = list(prompts.values())
+        for batch in self._split([len(prompt.tokens) for prompt in distinct]):
+            computed, reused = self._forward([distinct[index] for index in batch], namespace)
             num_tokens += computed
             num_reused += reused
         sums = [sum(prompt.logprobs[pair] for pair in wanted) for prompt, wanted in pairs]
@@ -242,39 +228,82 @@ class Engine:
         ]
         return Scores(spans_scores, num_tokens, num_reused)
 
-    def _split(self, prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_tokens: Collection[int] = (),
+    ) -> list[list[int]]:
+        """Continue each prompt by its most likely tokens, one after the other.
+
+        A continuation ends before the first of `stop_tokens` in it. Nothing is reused from the KV
+        pool, and nothing stays. Raises ConfigError for what does not fit the KV pool.
+        """
+        continuations: list[list[int]] = []
+        for batch in self._split([len(prompt) + max_new_tokens for prompt in prompts]):
+            chosen = [prompts[index] for index in batch]
+            continuations += self._decode(chosen, max_new_tokens, frozenset(stop_tokens))
+        return continuations
+
+    def _split(self, lengths: Sequence[int]) -> Iterator[range]:
         """Batches that fit the KV pool; decided by lengths alone, so the same for both signs."""
-        batch: list[_Prompt] = []
-        num_tokens = 0
-        for prompt in prompts:
-            length = len(prompt.tokens)
+        first = num_tokens = 0
+        for index, length in enumerate(lengths):
             if length > self.max_sequence_length:
                 raise ConfigError(
                     f"a sequence of {length} tokens exceeds the {self.max_sequence_length} that "
                     "model.kv_tokens and the model's context allow; raise model.kv_tokens or "
                     "lower task.max_length"
                 )
-            if num_tokens + length > self._kv_tokens or len(batch) == MAX_BATCH_SEQUENCES:
-                yield batch
-                batch, num_tokens = [], 0
-            batch.append(prompt)
+            if num_tokens + length > self._kv_tokens or index - first == self._max_sequences:
+                yield range(first, index)
+                first, num_tokens = index, 0
             num_tokens += length
-        if batch:
-            yield batch
+        if first < len(lengths):
+            yield range(first, len(lengths))
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_tokens: frozenset[int]
+    ) -> list[list[int]]:
+        self._runner.activate()
+        requests: list[Req] = []
+        finished: set[int] = set()
+        try:
+            for prompt in prompts:
+                requests.append(self._request(prompt, None, len(prompt) - 1))
+            schedule = self._schedule(requests)
+            for remaining in reversed(range(max_new_tokens)):
+                output = self._runner.forward(self._forward_batch(schedule))
+                chosen = output.next_token_logits.argmax(dim=-1)
+                for index, token in enumerate(chosen.tolist()):
+                    requests[index].output_ids.append(token)
+                    if token in stop_tokens:
+                        finished.add(index)
+                if remaining == 0 or len(finished) == len(requests):
+                    break
+                schedule.input_ids = chosen
+                schedule.prepare_for_decode()
+        finally:
+            for request in requests:
+                self._release(request, keep=False)
+        return [_until(request.output_ids, stop_tokens) for request in requests]
 
     def _forward(self, batch: list[_Prompt], namespace: str | None) -> tuple[int, int]:
         """Fill in the prompts' log-probabilities; return tokens computed and tokens reused."""
-        self._activate()
+        self._runner.activate()
         requests: list[Req] = []
         scored = False
         try:
             for prompt in batch:
-                requests.append(self._request(prompt, namespace))
+                # A prefix may be reused up to the first scored position, which needs its logits.
+                first = min(position for position, _ in prompt.logprobs)
+                requests.append(self._request(prompt.tokens, namespace, first))
             num_reused = sum(len(request.prefix_indices) for request in requests)
-            forward_batch = self._prepare(requests)
+            forward_batch = self._forward_batch(self._schedule(requests))
             rows, tokens = self._targets(batch, requests)
             with self._head.scoring(rows, tokens):
-                output = self._runner.forward(forward_batch).logits_output
+                output = self._runner.forward(forward_batch)
             values = iter(output.input_token_logprobs.tolist())
             scored = True
         finally:
@@ -286,14 +315,14 @@ class Engine:
             prompt.logprobs = {pair: next(values) for pair in prompt.logprobs}
         return sum(len(prompt.tokens) for prompt in batch) - num_reused, num_reused
 
-    def _prepare(self, requests: list[Req]) -> ForwardBatch:
+    def _schedule(self, requests: list[Req]) -> ScheduleBatch:
         """Allocate slots for the requests, and lay them out as one prefill batch."""
         schedule = ScheduleBatch.init_new(
             reqs=requests,
             req_to_token_pool=self._requests,
             token_to_kv_pool_allocator=self._allocator,
             tree_cache=self._cache,
-            model_config=self._runner.model_config,
+            model_config=self._runner.model_runner.model_config,
             enable_overlap=False,
             spec_algorithm=SpeculativeAlgorithm.NONE,
         )
@@ -301,7 +330,12 @@ class Engine:
         schedule.prepare_for_extend()
         if schedule.input_ids is None:
             schedule.input_ids = schedule.prefill_input_ids_cpu.to(self.device)
-        return ForwardBatch.init_new(schedule, self._runner, return_hidden_states_before_norm=False)
+        return schedule
+
+    def _forward_batch(self, schedule: ScheduleBatch) -> ForwardBatch:
+        return ForwardBatch.init_new(
+            schedule, self._runner.model_runner, return_hidden_states_before_norm=False
+        )
 
     def _targets(
         self, batch: list[_Prompt], requests: list[Req]
@@ -317,68 +351,51 @@ class Engine:
             first_row += len(prompt.tokens) - num_reused
         return torch.tensor(rows, device=self.device), torch.tensor(tokens, device=self.device)
 
-    def _request(self, prompt: _Prompt, namespace: str | None) -> Req:
+    def _request(self, tokens: Sequence[int], namespace: str | None, first_needed: int) -> Req:
+        """A request whose hidden states are computed from position `first_needed` on, at least."""
         request = Req(
             rid=str(next(self._request_ids)),
             origin_input_text="",
-            origin_input_ids=array("q", prompt.tokens),
+            origin_input_ids=array("q", tokens),
             sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
             return_logprob=True,
             extra_key=namespace,
         )
-        # A prefix may be reused up to the first scored position: that one needs its logits.
-        request.logprob_start_len = min(position for position, _ in prompt.logprobs)
+        request.logprob_start_len = first_needed
         request.init_next_round_input(None if namespace is None else self._cache)
         if request.last_node is not None:
             self._cache.inc_lock_ref(request.last_node)  # or making room could evict it
-        request.set_extend_range(len(request.prefix_indices), len(prompt.tokens))
+        request.set_extend_range(len(request.prefix_indices), len(tokens))
         return request
 
     def _release(self, request: Req, keep: bool) -> None:
         """Give a request's slots back, however far it came; keep its KV entries if asked."""
-        num_tokens = len(request.origin_input_ids)
         if request.kv_committed_len:  # its KV slots were allocated
-            self._cache.cache_finished_req(request, is_insert=keep, kv_len_to_handle=num_tokens)
+            self._cache.cache_finished_req(
+                request, is_insert=keep, kv_len_to_handle=request.kv_committed_len
+            )
         elif request.last_node is not None:
             self._cache.dec_lock_ref(request.last_node)
         if request.req_pool_idx is not None:
             self._requests.free(request)
 
-    def _activate(self) -> None:
-        """Make this engine's arguments the process's, if another engine ran last."""
-        if Engine._active is not self:
-            publish(self._server_args, role="scheduler")
-            Engine._active = self
-
     def close(self) -> None:
         """Give the model's and the pools' memory back. The engine is of no use afterwards."""
-        if Engine._active is self:
-            Engine._active = None
-        del self._runner, self._head, self._cache, self._allocator, self._requests
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
+        del self._head, self._cache, self._allocator, self._requests
+        self._runner.close()
 
 
-def _single_process() -> ParallelState:
-    """Coordinates of a runner that is alone: no tensor, pipeline or expert parallelism."""
-    return ParallelState(
-        tp_rank=0,
-        tp_size=1,
-        pp_rank=0,
-        pp_size=1,
-        dp_rank=None,
-        dp_size=1,
-        attn_tp_rank=0,
-        attn_tp_size=1,
-        attn_cp_rank=0,
-        attn_cp_size=1,
-        attn_dp_rank=0,
-        attn_dp_size=1,
-        moe_ep_rank=0,
-        moe_ep_size=1,
-        moe_dp_rank=None,
-        moe_dp_size=1,
-        dcp_size=1,
-        gpu_id=0,
-    )
+def _require_native(model_config: ModelConfig) -> None:
+    """Refuse, before any weight is read, a model that SGLang would hand to transformers."""
+    architectures = model_config.hf_config.architectures or ["(none given)"]
+    if not any(name in ModelRegistry.get_supported_archs() for name in architectures):
+        raise ConfigError(
+            f"model.path: {model_config.model_path}: SGLang has no implementation of "
+            f"{', '.join(architectures)}; choose a model that it serves natively, or set "
+            "model.allow_fallback=true to run transformers' own, more slowly"
+        )
+
+
+def _until(tokens: Sequence[int], stop_tokens: frozenset[int]) -> list[int]:
+    """The tokens before the first stop token."""
+    return list(itertools.takewhile(lambda token: token not in stop_tokens, tokens))

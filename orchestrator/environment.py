@@ -19,6 +19,8 @@ def variables(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         # Several runners share a process, hence its process groups (see dist_patch).
         "SGLANG_ALLOW_REUSE_DISTRIBUTED": "true",
+        # Our own OPT takes the place of SGLang's.
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": "orchestrator.sglang_models",
         # Triton's float32 products are TF32 otherwise, and that noise is divided by eps.
         "TRITON_F32_DEFAULT": "ieee",
         "TOKENIZERS_PARALLELISM": "false",

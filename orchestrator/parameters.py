@@ -1,11 +1,11 @@
-"""The map between Hugging Face's tensors and the engine's parameters.
+"""Hugging Face's tensors as views into the engine's live parameters.
 
-Owns what SGLang fuses and how: every canonical tensor is a view into one engine parameter, and
-every element of every parameter belongs to one canonical tensor. Verified bit for bit against
-the checkpoint, so that a wrong map never trains. Knows nothing of noise or of steps.
+Owns the proof that the two belong together: every tensor of the checkpoint has its place, every
+parameter is covered, and the live values are the checkpoint's, bit for bit, so that a wrong map
+never trains. Knows nothing of noise or of steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,98 +14,82 @@ from torch import nn
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.noise import TensorRegion, tensor_word
-
-# Canonical module -> the engine's fused module, and the members that stand before it there.
-FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "q_proj": ("qkv_proj", ()),
-    "k_proj": ("qkv_proj", ("q_proj",)),
-    "v_proj": ("qkv_proj", ("q_proj", "k_proj")),
-    "gate_proj": ("gate_up_proj", ()),
-    "up_proj": ("gate_up_proj", ("gate_proj",)),
-}
+from orchestrator.tensor_map import Shard, TensorNames, shards
 
 
 @dataclass(frozen=True, slots=True)
 class CanonicalTensor:
-    """A Hugging Face tensor, where it lives in the engine, and its value in the checkpoint."""
+    """What this process holds of a Hugging Face tensor: where it lives, and its first value."""
 
     region: TensorRegion
+    shard: Shard
     live: torch.Tensor
-    """View into the engine's parameter, [rows, columns]."""
+    """View into the engine's parameter, [rows, columns]; [1, n] where it is contiguous."""
     initial: torch.Tensor
     """The checkpoint's value, same shape, in the checkpoint's dtype, on the CPU."""
 
 
-def canonical_tensors(model: nn.Module, checkpoint: Checkpoint) -> list[CanonicalTensor]:
-    """All trained tensors of a model, in the order of their names.
+def canonical_tensors(
+    model: nn.Module, checkpoint: Checkpoint, rank: int = 0
+) -> list[CanonicalTensor]:
+    """All trained tensors of a tensor-parallel rank's model, in the order of their names.
 
     Raises ConfigError where the model and the checkpoint do not cover each other exactly, or
     where a live value is not the checkpoint's.
     """
     parameters = {name: value.data for name, value in model.named_parameters()}
-    covered = dict.fromkeys(parameters, 0)
-    tensors = []
-    for name in sorted(checkpoint.names):
-        if _is_tied_head(name, parameters):
-            continue
-        parameter_name, first_row = _locate(name, parameters, checkpoint)
-        live = _rows(parameters[parameter_name], first_row, checkpoint.shape(name), name)
-        initial = checkpoint.read(name).reshape(live.shape)
-        if not torch.equal(initial.to(live.dtype), live.cpu()):
+    places = shards(model, rank)
+    sources = _sources(TensorNames(parameters), checkpoint.names)
+    for name in places:
+        if name not in sources:
+            raise ConfigError(f"model.path: the checkpoint lacks {name}")
+    _check_words(places)
+    return [
+        _view(name, places[name], parameters[places[name].place.parameter], checkpoint, source)
+        for name, source in sorted(sources.items())
+    ]
+
+
+def _sources(names: TensorNames, checkpoint_names: Iterable[str]) -> dict[str, str]:
+    """Canonical name -> the checkpoint's."""
+    sources: dict[str, str] = {}
+    for checkpoint_name in checkpoint_names:
+        name = names.canonical(checkpoint_name)
+        if name is not None:
+            sources[name] = checkpoint_name
+        elif not names.is_tied_head(checkpoint_name):
             raise ConfigError(
-                f"model.path: {name}: the engine's {parameter_name} does not hold its values"
+                f"model.path: {checkpoint_name}: the engine's model has no parameter for it"
             )
-        covered[parameter_name] += live.numel()
-        # One row: the whole tensor is contiguous in the parameter.
-        tensors.append(CanonicalTensor(TensorRegion(name, 0, live.numel()), live, initial))
-    _check_coverage(parameters, covered)
-    _check_words([tensor.region.name for tensor in tensors])
-    return tensors
+    return sources
 
 
-def _is_tied_head(name: str, parameters: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a checkpoint repeats tied embeddings under the head's name, as some do."""
-    return name == "lm_head.weight" and name not in parameters
-
-
-def _locate(
-    name: str, parameters: Mapping[str, torch.Tensor], checkpoint: Checkpoint
-) -> tuple[str, int]:
-    """The engine's parameter that holds a canonical tensor, and the first row there."""
-    for candidate in (name, f"model.{name}"):
-        if candidate in parameters:
-            return candidate, 0
-        for module, (fused, before) in FUSED.items():
-            fused_name = candidate.replace(f".{module}.", f".{fused}.")
-            if fused_name != candidate and fused_name in parameters:
-                siblings = (name.replace(f".{module}.", f".{member}.") for member in before)
-                return fused_name, sum(checkpoint.shape(sibling)[0] for sibling in siblings)
-    raise ConfigError(f"model.path: {name}: the engine's model has no parameter that could hold it")
-
-
-def _rows(
-    parameter: torch.Tensor, first_row: int, shape: tuple[int, ...], name: str
-) -> torch.Tensor:
-    rows = parameter[first_row : first_row + shape[0]]
-    if tuple(rows.shape) != shape:
+def _view(
+    name: str, shard: Shard, parameter: torch.Tensor, checkpoint: Checkpoint, source: str
+) -> CanonicalTensor:
+    shape = checkpoint.shape(source)
+    if shape != shard.full_shape:
         raise ConfigError(
-            f"model.path: {name}: shape {list(shape)} in the checkpoint, {list(rows.shape)} live"
+            f"model.path: {source}: shape {list(shape)} in the checkpoint, "
+            f"{list(shard.full_shape)} in the model"
         )
-    return rows.view(1, -1)
+    last_row = shard.parameter_row + shard.num_rows
+    last_column = shard.first_column + shard.num_columns
+    live = parameter[shard.parameter_row : last_row].view(shard.num_rows, shard.num_columns)
+    whole = checkpoint.read(source).reshape(-1, shard.full_columns)
+    initial = whole[shard.first_row : shard.first_row + shard.num_rows]
+    initial = initial[:, shard.first_column : last_column]
+    if not torch.equal(initial.to(live.dtype), live.cpu()):
+        raise ConfigError(
+            f"model.path: {source}: the engine's {shard.place.parameter} does not hold its values"
+        )
+    start = shard.first_row * shard.full_columns + shard.first_column
+    if shard.num_columns == shard.full_columns:  # whole rows: one stretch of the tensor
+        live, initial = live.view(1, live.numel()), initial.reshape(1, live.numel())
+    return CanonicalTensor(TensorRegion(name, start, shard.full_columns), shard, live, initial)
 
 
-def _check_coverage(parameters: Mapping[str, torch.Tensor], covered: Mapping[str, int]) -> None:
-    for name, parameter in parameters.items():
-        # SGLang pads vocabularies to a multiple of 64 rows; padding is never trained.
-        padding = 63 * parameter.shape[-1] if "embed" in name or "lm_head" in name else 0
-        if not parameter.numel() - padding <= covered[name] <= parameter.numel():
-            raise ConfigError(
-                f"model.path: {name}: {parameter.numel()} elements live, {covered[name]} in the "
-                "checkpoint"
-            )
-
-
-def _check_words(names: list[str]) -> None:
+def _check_words(names: Iterable[str]) -> None:
     """Two names with one CRC-32 would share their noise."""
     words: dict[int, str] = {}
     for name in names:

@@ -29,6 +29,7 @@ class Replica:
     def __init__(self, config: Config, device: str) -> None:
         """Load everything. `device` is "cpu" or "cuda". Raises ConfigError for what is missing."""
         folder = checkpoint.locate(config.model.path)
+        weights = checkpoint.Checkpoint(folder)  # refuses damaged files, before the engine starts
         threads = config.fleet.threads_per_replica
         self.engine = Engine(
             str(folder),
@@ -37,9 +38,10 @@ class Replica:
             kv_tokens=config.model.kv_tokens,
             threads=threads,
             trust_remote_code=config.model.trust_remote_code,
+            allow_fallback=config.model.allow_fallback,
         )
         self.space = DenseSpace(
-            canonical_tensors(self.engine.model, checkpoint.Checkpoint(folder)),
+            canonical_tensors(self.engine.model, weights),
             noise=config.estimator.noise,
             master_dtype=getattr(torch, config.space.master),
         )

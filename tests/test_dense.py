@@ -94,7 +94,8 @@ def test_an_update_follows_the_specification(
     dense = space(engines("qwen2"), model_folders["qwen2"], master_dtype=master)
     update = StepUpdate(step=5, seeds=(7, 8), coefficients=(0.5, -0.125), decay=0.75)
     dense.apply(update)
-    for region, values, live in dense._tensors:
+    for tensor in dense.tensors:
+        region, values, live = tensor.region, tensor.master, tensor.live
         initial = checkpoint.read(region.name).to(master).float().numpy().ravel()
         total = np.zeros(initial.size, np.float32)
         for seed, coefficient in zip(update.seeds, update.coefficients, strict=True):
@@ -107,8 +108,8 @@ def test_an_update_follows_the_specification(
         assert np.array_equal(values.float().cpu().numpy().ravel(), expected)
         assert torch.equal(live, values.to(live.dtype))
     with torch.no_grad():  # the engine is shared: put the checkpoint's values back
-        for region, _, live in dense._tensors:
-            live.copy_(checkpoint.read(region.name).reshape(live.shape))
+        for tensor in dense.tensors:
+            tensor.live.copy_(checkpoint.read(tensor.region.name).reshape(tensor.live.shape))
 
 
 def altered(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
@@ -122,7 +123,7 @@ def altered(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight: 64 elements live, 0 in"),
+        (lambda t: t.pop("model.norm.weight"), r"the checkpoint lacks model\.norm\.weight"),
         (lambda t: t.update(extra=torch.ones(2)), r"extra: the engine's model has no parameter"),
         (
             lambda t: t["model.layers.1.self_attn.k_proj.weight"].add_(1),
@@ -130,7 +131,7 @@ def altered(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(65)}),
-            r"model\.norm\.weight: shape \[65\] in the checkpoint, \[64\] live",
+            r"model\.norm\.weight: shape \[65\] in the checkpoint, \[64\] in the model",
         ),
     ],
 )

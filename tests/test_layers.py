@@ -8,10 +8,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
     {"config", "records", "environment", "output"},
-    {"assets", "noise"},
+    {"assets", "noise", "tensor_map"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch"},
-    {"engine", "parameters", "progress", "sweeps_numba", "sweeps_triton"},
+    {"opt_native", "runner", "parameters", "progress", "sweeps_numba", "sweeps_triton"},
+    {"engine", "sglang_models"},
     {"dense"},
     {"replica"},
     {"actors", "local"},
@@ -21,19 +22,35 @@ LAYERS = [
 # Packages that only some modules may know.
 OWNERS = {
     "ray": {"actors"},
-    "sglang": {"engine"},
+    "sglang": {"engine", "runner", "opt_native"},
     "triton": {"sweeps_triton"},
     "numba": {"sweeps_numba", "replica"},
-    "torch": {"engine", "checkpoint", "parameters", "dense", "replica", "sweeps", "sweeps_numba"}
+    "torch": {
+        "engine",
+        "runner",
+        "opt_native",
+        "tensor_map",
+        "checkpoint",
+        "parameters",
+        "dense",
+        "replica",
+        "sweeps",
+        "sweeps_numba",
+    }
     | {"sweeps_triton", "runs"},
 }
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+# A folder is one module: all its files together.
+MODULES = sorted(
+    {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    - {"__init__"}
+)
 
 
 def imports(module: str) -> set[str]:
     """Full names of all that a module imports, wherever in it the import stands."""
+    files = [*(PACKAGE / module).glob("*.py"), *PACKAGE.glob(f"{module}.py")]
     names = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse("\n".join(file.read_text() for file in files))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -126,7 +126,8 @@ def test_twenty_steps_equal_the_plain_loop(
         ]
     assert losses == pytest.approx(expected_losses, abs=1e-4)
     assert max(losses) - min(losses) > 0.05  # the losses do move
-    for region, master, _ in fleet._replicas[0].space._tensors:
-        expected = expected_weights[region.name].ravel()
-        np.testing.assert_allclose(master.cpu().ravel(), expected, atol=1e-5, err_msg=region.name)
+    for tensor in fleet._replicas[0].space.tensors:
+        name = tensor.region.name
+        expected = expected_weights[name].ravel()
+        np.testing.assert_allclose(tensor.master.cpu().ravel(), expected, atol=1e-5, err_msg=name)
     fleet.close()
