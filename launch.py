@@ -4,6 +4,7 @@
   python launch.py train configs/demo.yaml run.steps=100      ... with a key of the recipe changed
   python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
   python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
+  python launch.py export runs/demo-20260101-120000 tuned     a folder that transformers loads
   ray job submit --working-dir . -- python launch.py train configs/demo.yaml run.dir=/shared/run
 
 A recipe is a YAML file with the sections model, space, estimator, task, fleet and run;
@@ -33,6 +34,8 @@ def main() -> int:
         environment.prepare(run.config.fleet.threads_per_replica)
         if arguments.command == "train":
             runs.train(run)
+        elif arguments.command == "export":
+            runs.export(run, arguments.folder)
         else:
             runs.evaluate(run, arguments.out, trained=Path(arguments.source).is_dir())
         return DONE
@@ -54,7 +57,7 @@ def _open(arguments: argparse.Namespace) -> runs.Run:
     if arguments.command == "train" and arguments.resume:
         return runs.reopen(Path(arguments.resume), arguments.overrides)
     source = Path(arguments.source)
-    if arguments.command == "eval" and source.is_dir():
+    if arguments.command == "export" or (arguments.command == "eval" and source.is_dir()):
         return runs.reopen(source, arguments.overrides)
     return runs.choose(source, arguments.overrides)
 
@@ -81,7 +84,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,export}")
     train = commands.add_parser(
         "train",
         help="start a run, or continue one",
@@ -99,6 +102,15 @@ def _parse() -> argparse.Namespace:
     evaluate.add_argument("source", metavar="CONFIG-or-RUN_DIR")
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
     evaluate.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
+    export = commands.add_parser(
+        "export",
+        help="write the trained model as a Hugging Face folder",
+        description="Replay a run's ledger and write the model that it leads to, as a folder that "
+        "transformers and SGLang load.",
+    )
+    export.add_argument("source", metavar="RUN_DIR")
+    export.add_argument("folder", metavar="OUT_DIR", type=Path)
+    export.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments, others = parser.parse_known_args()
     for other in others:  # overrides that stand behind an option
         if other.startswith("-") or "=" not in other:

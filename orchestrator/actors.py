@@ -59,6 +59,9 @@ class ReplicaActor:
     def digest(self, updates: Sequence[StepUpdate]) -> str:
         return self._replica.digest(updates)
 
+    def export(self, updates: Sequence[StepUpdate], folder: Path) -> None:
+        self._replica.export(updates, folder)
+
 
 @dataclass(slots=True)
 class _Seat:
@@ -166,6 +169,10 @@ class ActorFleet:
             lambda seat: seat.actor.digest.remote(self._missing(seat)),
             lambda: "to catch up and compute its digest",
         )
+
+    def export(self, folder: Path) -> None:
+        seat = self._seats[0]
+        _result(seat, seat.actor.export.remote(self._missing(seat), folder))
 
     def _missing(self, seat: _Seat) -> list[StepUpdate]:
         missing = self._updates[seat.num_applied :]

@@ -143,7 +143,7 @@ def ignore_pinned_memory() -> str:
     if torch.cuda.is_available():
         return ""
     for name in _LORA_MODULES_THAT_PIN:
-        module = importlib.import_module(f"sglang.srt.lora.{name}")
+        module: Any = importlib.import_module(f"sglang.srt.lora.{name}")
         if not isinstance(module.torch, _Unpinned):
             module.torch = _Unpinned(torch)
     if not hasattr(torch.Tensor.pin_memory, "__wrapped__"):

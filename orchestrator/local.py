@@ -5,6 +5,7 @@ For tests and small runs. `dist_patch.apply()` must have run before this module 
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 from orchestrator.config import Config
 from orchestrator.records import (
@@ -56,6 +57,9 @@ class LocalFleet:
             f"replica {index}": replica.digest(self._missing(index))
             for index, replica in enumerate(self._replicas)
         }
+
+    def export(self, folder: Path) -> None:
+        self._replicas[0].export(self._missing(0), folder)
 
     def close(self) -> None:
         for replica in self._replicas:

@@ -6,6 +6,7 @@ neither how a probe is computed (replica) nor what its loss is used for (estimat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 Split = Literal["train", "test"]
@@ -86,6 +87,8 @@ class Fleet(Protocol):
     def score(self, split: Split, examples: Sequence[int]) -> list[ExampleScore]: ...
 
     def digests(self) -> dict[str, str]: ...
+
+    def export(self, folder: Path) -> None: ...
 
     def close(self) -> None: ...
 

@@ -16,6 +16,7 @@ from orchestrator import checkpoint, tasks
 from orchestrator.config import Config, ConfigError
 from orchestrator.dense import DenseSpace
 from orchestrator.engine import Engine
+from orchestrator.export import write_model
 from orchestrator.objectives import option_cross_entropy
 from orchestrator.parameters import canonical_tensors
 from orchestrator.records import ExampleScore, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
@@ -28,7 +29,7 @@ class Replica:
 
     def __init__(self, config: Config, device: str) -> None:
         """Load everything. `device` is "cpu" or "cuda". Raises ConfigError for what is missing."""
-        folder = checkpoint.locate(config.model.path)
+        self._folder = folder = checkpoint.locate(config.model.path)
         weights = checkpoint.Checkpoint(folder)  # refuses damaged files, before the engine starts
         threads = config.fleet.threads_per_replica
         self.engine = Engine(
@@ -95,6 +96,11 @@ class Replica:
         """Checksum of the trained state that the updates lead to."""
         self._catch_up(updates)
         return self.space.digest()
+
+    def export(self, updates: Sequence[StepUpdate], folder: Path) -> None:
+        """Write the model that the updates lead to, as a Hugging Face folder."""
+        self._catch_up(updates)
+        write_model(self._folder, folder, self.space.weights())
 
     def close(self) -> None:
         """Give the engine's memory back."""

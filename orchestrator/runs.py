@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -179,12 +179,7 @@ def evaluate(run: Run, out: Path, *, trained: bool) -> None:
     output.divert(log)
     display = Display(output.terminal(), run.config.run.steps)
     with _started_fleet(run, log.absolute(), display.say) as (fleet, info):
-        num_steps = 0
-        if trained:
-            _, records = Ledger.read(run.ledger_path, _header(run, info))
-            num_steps = len(records)
-            for record in records:
-                fleet.apply(record.update())
+        num_steps = _replay(run, info, fleet) if trained else 0
         scores = fleet.score("test", range(len(run.data.test)))
     write_scores(out, scores)
     state = f"after {num_steps} steps" if trained else "base model"
@@ -192,7 +187,37 @@ def evaluate(run: Run, out: Path, *, trained: bool) -> None:
     display.say(f"scores: {out}")
 
 
+def export(run: Run, folder: Path) -> None:
+    """Write the model that the run's ledger leads to as a Hugging Face folder.
+
+    One replica replays the ledger and writes; on a cluster the folder lies on its node, or better
+    on storage that the nodes share.
+    """
+    folder = folder.absolute()
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; name a folder that is to be made")
+    if not os.access(folder.parent, os.W_OK):
+        raise ConfigError(f"{folder}: the folder {folder.parent} cannot be written to")
+    log = folder.with_name(f"{folder.name}.log")
+    output.divert(log)
+    display = Display(output.terminal(), run.config.run.steps)
+    fleet_section = run.config.fleet.model_copy(update={"num_replicas": 1})
+    run = replace(run, config=run.config.model_copy(update={"fleet": fleet_section}))
+    with _started_fleet(run, log, display.say) as (fleet, info):
+        num_steps = _replay(run, info, fleet)
+        fleet.export(folder)
+    display.say(f"the model after {num_steps} steps: {folder}")
+
+
 # -------------------------------------------------------------------- parts
+
+
+def _replay(run: Run, info: ReplicaInfo, fleet: Fleet) -> int:
+    """Queue all steps of the run's ledger; their number."""
+    _, records = Ledger.read(run.ledger_path, _header(run, info))
+    for record in records:
+        fleet.apply(record.update())
+    return len(records)
 
 
 class Speed:

@@ -5,7 +5,9 @@ SGLang takes some twelve seconds to import, so it is imported once, here, after 
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,9 @@ from transformers import (  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 dist_patch.apply(DEVICE)
 
-from orchestrator.engine import Engine  # noqa: E402
+from sglang.srt.layers.logits_processor import LogitsMetadata  # noqa: E402
+
+from orchestrator.engine import Engine, ScoringHead  # noqa: E402
 
 GOOD, BAD = ["good", "great", "lovely"], ["bad", "dull", "poor", "terrible"]
 WORDS = [*GOOD, *BAD, "a", "film", "It", "so", "the", "was", "what"]
@@ -48,9 +52,27 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-GATED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 96}
+GATED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 128}
+OPT_VARIANTS: dict[str, dict[str, Any]] = {
+    # norms behind the blocks, embeddings narrower than the model
+    "opt-350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    "galactica": {
+        "enable_bias": False,
+        "layer_norm_elementwise_affine": False,
+        "activation_function": "gelu",
+    },
+    "opt-old": {"_remove_final_layer_norm": True},  # fine-tuned with an early transformers
+    "opt-untied": {"tie_word_embeddings": False},
+}
+
+
+def make_opt(**choices: Any) -> PreTrainedModel:
+    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=96, **choices))
+
+
 MAKERS: dict[str, Callable[[], PreTrainedModel]] = {
-    "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64)),
+    "opt": make_opt,
+    **{name: partial(make_opt, **choices) for name, choices in OPT_VARIANTS.items()},
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED, tie_word_embeddings=False)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GATED, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GATED, head_dim=16, tie_word_embeddings=True)),
@@ -96,6 +118,40 @@ def engines(model_folders: dict[str, Path]) -> Callable[[str], Engine]:
         return made[family]
 
     return get
+
+
+class Recorder(torch.nn.Module):
+    """Keeps the logits of all positions that an engine computes, beside what it does with them."""
+
+    def __init__(self, head: ScoringHead) -> None:
+        super().__init__()
+        self.head = head
+        self.logits: list[torch.Tensor] = []
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        lm_head: Any,
+        batch: Any,
+        *others: Any,
+        **named: Any,
+    ) -> Any:
+        metadata = LogitsMetadata.from_forward_batch(batch)
+        logits = self.head.original._get_logits(hidden_states, lm_head, metadata)
+        self.logits.append(logits[:, : len(VOCABULARY)].float().cpu())
+        return self.head(input_ids, hidden_states, lm_head, batch, *others, **named)
+
+
+@contextmanager
+def recorded(engine: Engine) -> Iterator[list[torch.Tensor]]:
+    """Within, each forward appends the logits of its computed positions, [tokens, vocabulary]."""
+    recorder = Recorder(engine._head)
+    engine.model.logits_processor = recorder
+    try:
+        yield recorder.logits
+    finally:
+        engine.model.logits_processor = engine._head
 
 
 def write_rows(path: Path, num_rows: int, seed: int = 0) -> Path:

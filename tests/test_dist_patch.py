@@ -1,28 +1,69 @@
-"""Each patch: the symptom without it, in a fresh process, and its absence with it."""
+"""Each patch: the symptom without it, and its absence with it."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DEVICE
 from sglang.srt.distributed import bootstrap
+from sglang.srt.lora import utils as lora_utils
+from sglang.srt.model_executor import model_runner
 
 from orchestrator import dist_patch
 from orchestrator.engine import Engine
 
 ROOT = Path(__file__).parent.parent
-NO_DRIVER = subprocess.run(
-    [sys.executable, "-c", "import ctypes; ctypes.CDLL('libcuda.so.1')"], capture_output=True
-).returncode
-BUILD_TWO = """
+WITHOUT_DRIVER = not torch.cuda.is_available()
+Engines = Callable[[str], Engine]
+
+# A process with none of the patches but those that let it start on this machine; it prints what
+# it sees, one line a symptom.
+UNPATCHED = """
 import sys
+from orchestrator import dist_patch
+model, device, port = sys.argv[1:]
+if device == "cpu":
+    dist_patch.use_cpu_engine(), dist_patch.stand_in_for_sgl_kernel()
+from sglang.srt.distributed import bootstrap
+from sglang.srt.lora import utils
+from orchestrator.engine import Engine
+
+def tell(label, call):
+    try:
+        print(label, call() or "passes", flush=True)
+    except Exception as error:
+        print(label, type(error).__name__, str(error).splitlines()[0], flush=True)
+
+def build():
+    Engine(model, dtype="float32", device=device, kv_tokens=64)
+
+def join(rank, size):
+    url = f"tcp://127.0.0.1:{port}"
+    bootstrap.init_distributed_environment(
+        backend="gloo", world_size=size, rank=rank, distributed_init_method=url
+    )
+
+tell("lora", lambda: sorted(dist_patch.OPT_MODULES - utils._KNOWN_LORA_TARGET_MODULES))
+tell("rows", lambda: [n for n in ("fc2",) if n not in utils.ROW_PARALLELISM_LINEAR_LORA_NAMES])
+tell("port", lambda: join(0, 1))
+import orchestrator.runner
+orchestrator.runner.UNUSED_PORT = int(port) + 1
+tell("first", build)
+tell("rank", lambda: join(1, 2))
+tell("second", build)
+"""
+PATCHED = """
+import sys
+from orchestrator import dist_patch
+print(*dist_patch.apply(sys.argv[2]))
 from orchestrator.engine import Engine
 for _ in range(2):
     engine = Engine(sys.argv[1], dtype="float32", device=sys.argv[2], kv_tokens=64)
-    print("built", flush=True)
 print(engine.score([[3, 4, 5]], [(1, 3)]).num_tokens)
 """
 
@@ -40,8 +81,17 @@ def python(program: str, *arguments: str, reuse: str = "true") -> subprocess.Com
 
 def test_apply_is_idempotent_and_says_what_it_did() -> None:
     first = dist_patch.apply(DEVICE)
+    replaced = bootstrap.initialize_model_parallel
     assert first == dist_patch.apply(DEVICE)
-    assert {"reuse_process_groups", "replace_expert_locations"} <= set(first)
+    assert bootstrap.initialize_model_parallel is replaced
+    assert {"reuse_world", "reuse_process_groups", "replace_expert_locations"} <= set(first)
+
+
+def test_every_patch_says_when_it_can_go() -> None:
+    for name in dist_patch.apply(DEVICE):
+        described = getattr(dist_patch, name).__doc__
+        for part in ("Symptom:", "Cause:", f"Seen in {dist_patch.SGLANG_VERSION}.", "Can go when"):
+            assert part in described, f"{name}: {part}"
 
 
 def test_another_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,33 +100,94 @@ def test_another_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         dist_patch.apply("cpu")
 
 
-@pytest.mark.skipif(not NO_DRIVER, reason="this machine has a CUDA driver")
-def test_absent_kernels_say_so_when_called() -> None:
-    done = python("import sgl_kernel")  # the stand-in is of this process alone
-    assert "libcuda.so.1" in done.stderr  # the symptom
-    done = python(
-        "from orchestrator import dist_patch; print(dist_patch.apply('cpu'))\n"
-        "from sgl_kernel import rmsnorm\n"
-        "rmsnorm(1, 2)"
-    )
-    assert "stand_in_for_sgl_kernel" in done.stdout
-    assert "RuntimeError: sgl_kernel.rmsnorm was called, but sgl_kernel needs" in done.stderr
+@pytest.mark.parametrize("replacement", [None, lambda: None])
+def test_a_target_that_looks_different_is_refused(
+    replacement: Callable[[], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if replacement is None:
+        monkeypatch.delattr(bootstrap, "initialize_model_parallel")
+    else:
+        monkeypatch.setattr(bootstrap, "initialize_model_parallel", replacement)
+    with pytest.raises(RuntimeError, match=r"initialize_model_parallel .*: dist_patch is for"):
+        dist_patch.reuse_process_groups()
 
 
 @pytest.mark.slow
-def test_a_second_runner_needs_the_patches(model_folders: dict[str, Path]) -> None:
-    """Without the variable the process groups are stock SGLang's, and the symptom is there."""
-    program = "from orchestrator import dist_patch; import sys\n"
-    program += "dist_patch.apply(sys.argv[2])\n" + BUILD_TWO
-    folder = str(model_folders["llama"])
-    done = python(program, folder, DEVICE, reuse="false")
-    assert done.stdout.count("built") == 1
-    assert "tensor model parallel group is already initialized" in done.stderr
-    done = python(program, folder, DEVICE, reuse="true")
-    assert done.stdout.split() == ["built", "built", "2"], done.stderr
+def test_the_symptoms_are_there_without_the_patches(model_folders: dict[str, Path]) -> None:
+    """A release of SGLang that mends one of them fails here: then its patch can go."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = python(UNPATCHED, str(model_folders["llama"]), DEVICE, str(port), reuse="false")
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    assert told["lora"] == "['fc1', 'fc2']", done.stderr
+    assert told["rows"] == "['fc2']"
+    assert "EADDRINUSE" in told["port"]
+    assert told["first"] == "passes"
+    assert told["rank"] == "passes"  # as another rank than it is
+    assert "tensor model parallel group is already initialized" in told["second"]
 
 
-def test_groups_of_another_size_are_refused(engines: Callable[[str], Engine]) -> None:
+@pytest.mark.slow
+def test_with_the_patches_a_second_runner_starts(model_folders: dict[str, Path]) -> None:
+    done = python(PATCHED, str(model_folders["llama"]), DEVICE)
+    names, answer = done.stdout.splitlines()[-2:]
+    assert (names.split()[-3:], answer) == (
+        ["reuse_world", "reuse_process_groups", "replace_expert_locations"],
+        "2",
+    ), done.stderr
+
+
+def test_without_the_variable_process_groups_are_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ALLOW_REUSE_DISTRIBUTED", "false")
+    assert not {"reuse_world", "reuse_process_groups", "replace_expert_locations"} & set(
+        dist_patch.apply(DEVICE)
+    )
+
+
+@pytest.mark.skipif(not WITHOUT_DRIVER, reason="this machine has a CUDA driver")
+def test_absent_kernels_say_so_when_called() -> None:
+    done = python("import sgl_kernel")  # the stand-in is of this process alone
+    assert "libcuda.so.1" in done.stderr  # the symptom
+    with pytest.raises(RuntimeError, match=r"sgl_kernel\.rmsnorm was called, but sgl_kernel needs"):
+        sys.modules["sgl_kernel"].rmsnorm(1, 2)
+
+
+@pytest.mark.skipif(not WITHOUT_DRIVER, reason="this machine has a CUDA driver")
+def test_memory_cannot_be_pinned_without_a_device() -> None:
+    values = torch.ones(3)
+    with pytest.raises(RuntimeError):  # the symptoms
+        torch.Tensor.pin_memory.__wrapped__(values)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError):
+        torch.tensor([1], pin_memory=True)
+    assert values.pin_memory() is values
+
+
+def test_expert_locations_are_replaced(engines: Engines) -> None:
+    engines("llama")
+    set_metadata = model_runner.set_global_expert_location_metadata
+    before = model_runner.get_global_expert_location_metadata()
+    try:
+        set_metadata("a runner's")
+        with pytest.raises(AssertionError):  # the symptom
+            set_metadata.__wrapped__("the next one's")
+        set_metadata("the next one's")
+        assert model_runner.get_global_expert_location_metadata() == "the next one's"
+    finally:
+        set_metadata(before)
+
+
+def test_groups_of_another_size_are_refused(engines: Engines) -> None:
     engines("llama")  # makes the process's groups, for tp_size 1
     with pytest.raises(RuntimeError, match=r"tp_size 1; a runner with tp_size 2 needs"):
         bootstrap.initialize_model_parallel(tensor_model_parallel_size=2)
+
+
+def test_another_rank_is_refused(engines: Engines) -> None:
+    engines("llama")
+    with pytest.raises(RuntimeError, match=r"is rank 0 of 1; a runner that is rank 1 of tp_size 2"):
+        bootstrap.init_distributed_environment(world_size=2, rank=1, backend="gloo")
+
+
+def test_opt_s_modules_are_known_to_lora() -> None:
+    assert dist_patch.OPT_MODULES <= lora_utils._KNOWN_LORA_TARGET_MODULES
+    assert lora_utils.ROW_PARALLELISM_LINEAR_LORA_NAMES.count("fc2") == 1

@@ -12,7 +12,7 @@ LAYERS = [
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch"},
     {"opt_native", "runner", "parameters", "progress", "sweeps_numba", "sweeps_triton"},
-    {"engine", "sglang_models"},
+    {"engine", "sglang_models", "export"},
     {"dense"},
     {"replica"},
     {"actors", "local"},
@@ -37,7 +37,7 @@ OWNERS = {
         "sweeps",
         "sweeps_numba",
     }
-    | {"sweeps_triton", "runs"},
+    | {"sweeps_triton", "runs", "export"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(

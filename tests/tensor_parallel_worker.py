@@ -1,0 +1,96 @@
+"""What one rank of a tensor-parallel model computes; run as a process per rank.
+
+`python tensor_parallel_worker.py RANK SIZE FOLDER`: FOLDER/models holds the models; rank 0 leaves
+FOLDER/FAMILY.pt, and exported models in FOLDER/exported.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from bare import adapter_runner, last_logits
+from conftest import DEVICE, VOCABULARY, recorded
+from sglang.srt.distributed import parallel_state
+
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.dense import DenseSpace
+from orchestrator.engine import Engine
+from orchestrator.export import write_model
+from orchestrator.parameters import canonical_tensors
+from orchestrator.records import StepUpdate
+from orchestrator.runner import World, gather_from_ranks
+
+FAMILIES = ["opt", "opt-350m", "opt-untied", "llama", "qwen3"]
+ADAPTER = "adapter"
+OPT_LINEAR_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+SEQUENCES = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 3, 4, 5]]
+UPDATE = StepUpdate(step=0, seeds=(7, 2**63 + 8), coefficients=(0.01, -0.02), decay=0.875)
+
+
+def observe(family: str, models: Path, exported: Path, world: World) -> dict[str, Any]:
+    """All that must not depend on how many ranks hold the model."""
+    folder = models / family
+    engine = Engine(
+        str(folder), dtype="float32", device=DEVICE, kv_tokens=256, threads=1, world=world
+    )
+    spans = [(1, len(tokens)) for tokens in SEQUENCES]
+    seen: dict[str, Any] = {}
+    with recorded(engine) as logits:
+        seen["scores"] = [span.sum for span in engine.score(SEQUENCES, spans).spans]
+    seen["logits"] = torch.cat(logits)
+    seen["generated"] = engine.generate(SEQUENCES, 8)
+    tensors = canonical_tensors(engine.model, Checkpoint(folder), world.rank)
+    for master in ("float32", "bfloat16"):
+        dtype = getattr(torch, master)
+        space = DenseSpace(tensors, noise="gaussian", master_dtype=dtype)
+        seen["num_parameters"] = space.num_parameters
+        seen[f"{master} digests"] = [space.digest(), space.live_digest()]
+        with space.probing():
+            space.perturb(5, 1e-3)
+            seen[f"{master} digests"].append(space.live_digest())
+            seen[f"{master} loss"] = engine.score(SEQUENCES, spans).spans[0].mean
+        space.apply(UPDATE)
+        seen[f"{master} digests"] += [space.digest(), space.live_digest()]
+        weights = dict(space.weights())
+        if world.rank == 0:
+            seen[f"{master} weights"] = weights
+            write_model(folder, exported / f"{family}-{master}", weights.items())
+        for tensor in tensors:  # as the next space expects it
+            tensor.live.copy_(tensor.initial)
+    engine.close()
+    return seen
+
+
+def observe_adapter(models: Path, adapter: Path, world: World) -> torch.Tensor:
+    runner = adapter_runner(models / "opt", [adapter], OPT_LINEAR_MODULES, world)
+    return last_logits(runner, SEQUENCES, [ADAPTER, None, ADAPTER])
+
+
+def nccl_symptom(world: World) -> str:
+    """What starting a group over gloo does without the patch that leaves NCCL out of it."""
+    ranks = list(range(world.size))
+    try:
+        unpatched = parallel_state.init_model_parallel_group.__wrapped__
+        unpatched([ranks], 0, "gloo", use_custom_allreduce=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def main() -> None:
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    world = World(rank, size, f"file://{folder}/rendezvous")
+    for family in FAMILIES:
+        seen = observe(family, folder / "models", folder / "exported", world)
+        if rank == 0:
+            torch.save(seen, folder / f"{family}.pt")
+    logits = observe_adapter(folder / "models", folder / ADAPTER, world)
+    symptoms = gather_from_ranks(nccl_symptom(world) if DEVICE == "cpu" else "")
+    if rank == 0:
+        assert logits.shape == (len(SEQUENCES), len(VOCABULARY))
+        torch.save({"logits": logits, "symptoms": symptoms}, folder / f"{ADAPTER}.pt")
+
+
+if __name__ == "__main__":
+    main()
