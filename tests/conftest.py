@@ -18,6 +18,7 @@ from orchestrator import dist_patch, environment
 environment.prepare(threads=2)
 
 import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
     LlamaConfig,
@@ -93,6 +94,22 @@ def make_model(folder: Path, family: str, seed: int = 0) -> Path:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     return folder
+
+
+def renamed(
+    folder: Path, target: Path, rename: Callable[[str], str], suffix: str = "safetensors"
+) -> Path:
+    """A copy of a model's folder, without its tokenizer, whose tensors have other names."""
+    tensors = {
+        rename(name): value for name, value in load_file(folder / "model.safetensors").items()
+    }
+    target.mkdir()
+    (target / "config.json").write_text((folder / "config.json").read_text())
+    if suffix == "bin":
+        torch.save(tensors, target / "pytorch_model.bin")
+    else:
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
 
 
 @pytest.fixture(scope="session")

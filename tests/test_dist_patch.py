@@ -29,6 +29,8 @@ from orchestrator import dist_patch
 model, device, port = sys.argv[1:]
 if device == "cpu":
     dist_patch.use_cpu_engine(), dist_patch.stand_in_for_sgl_kernel()
+import orchestrator.opt_native
+print("registry", "sglang.srt.models.registry" in sys.modules, flush=True)
 from sglang.srt.distributed import bootstrap
 from sglang.srt.lora import utils
 from orchestrator.engine import Engine
@@ -119,6 +121,7 @@ def test_the_symptoms_are_there_without_the_patches(model_folders: dict[str, Pat
         port = taken.getsockname()[1]
         done = python(UNPATCHED, str(model_folders["llama"]), DEVICE, str(port), reuse="false")
     told = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    assert told["registry"] == "False"  # importing our OPT registers nothing, anywhere
     assert told["lora"] == "['fc1', 'fc2']", done.stderr
     assert told["rows"] == "['fc2']"
     assert "EADDRINUSE" in told["port"]

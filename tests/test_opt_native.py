@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bare import adapter_runner, last_logits, make_adapter
-from conftest import DEVICE, OPT_VARIANTS, VOCABULARY, make_model, recorded
+from conftest import DEVICE, OPT_VARIANTS, VOCABULARY, make_model, recorded, renamed
 from safetensors.torch import load_file, save_file
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.lora.utils import auto_detect_lora_target_modules
@@ -138,20 +138,6 @@ def test_names_and_shapes_are_those_of_transformers(size: str, engines: Engines)
     assert {name: shard.full_shape for name, shard in shards(ours, rank=0).items()} == expected
 
 
-def renamed(folder: Path, target: Path, rename: Callable[[str], str], suffix: str) -> Path:
-    """A copy of a model's folder whose tensors have other names."""
-    tensors = {
-        rename(name): value for name, value in load_file(folder / "model.safetensors").items()
-    }
-    target.mkdir()
-    (target / "config.json").write_text((folder / "config.json").read_text())
-    if suffix == "bin":
-        torch.save(tensors, target / "pytorch_model.bin")
-    else:
-        save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    return target
-
-
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 @pytest.mark.parametrize("prefix", ["model.", "model.decoder."])
 def test_checkpoints_may_lack_a_prefix(
@@ -167,7 +153,7 @@ def test_checkpoints_may_lack_a_prefix(
 
 
 def altered(folder: Path, target: Path, change: Callable[[Tensors], Any]) -> Path:
-    renamed(folder, target, lambda name: name, "safetensors")
+    renamed(folder, target, lambda name: name)
     tensors = load_file(target / "model.safetensors")
     change(tensors)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
