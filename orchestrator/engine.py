@@ -122,14 +122,15 @@ class Engine:
         trust_remote_code: bool = False,
         allow_fallback: bool = False,
         cuda_graphs: bool = False,
+        load_format: str = "auto",
         world: World = ALONE,
     ) -> None:
         """Load the model.
 
         `model_path` is a folder in Hugging Face's layout; `device` "cpu" or "cuda"; `kv_tokens`
-        the size of the KV pool. Raises ConfigError for a checkpoint that does not fit the model,
-        and, unless `allow_fallback`, where SGLang has no implementation of its own for the
-        model's architecture.
+        the size of the KV pool; `load_format` "auto", or "dummy" for random weights. Raises
+        ConfigError for a checkpoint that does not fit the model, and, unless `allow_fallback`,
+        where SGLang has no implementation of its own for the model's architecture.
         """
         on_cpu = device == "cpu"
         self.device = device
@@ -138,6 +139,7 @@ class Engine:
             model_path=model_path,
             dtype=dtype,
             device=device,
+            load_format=load_format,
             tp_size=world.size,
             trust_remote_code=trust_remote_code,
             attention_backend="torch_native" if on_cpu else "triton",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import renamed
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,6 +155,36 @@ def test_eval_of_a_run_folder_scores_its_trained_state(finished: Path, tmp_path:
     right = sum(line["prediction"] == line["label"] for line in lines)
     summary = json.loads((finished / "summary.json").read_text())
     assert right / len(lines) == summary["final_accuracy"]
+
+
+@pytest.mark.slow
+def test_an_exported_model_scores_as_the_run_does(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
+    trained, exported, folder = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "tuned"))
+    done = launch("export", finished, folder)
+    assert (done.returncode, "after 6 steps" in done.stdout) == (DONE, True), done.stderr
+    assert launch("eval", finished, "--out", trained).returncode == DONE
+    assert launch("eval", recipe_path, f"model.path={folder}", "--out", exported).returncode == DONE
+    assert exported.read_text() == trained.read_text()
+    assert "exists already" in mistake("export", finished, folder)
+    assert "cannot be written to" in mistake("export", finished, tmp_path / "no" / "folder")
+    assert "holds no config.yaml" in mistake("export", tmp_path, tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_damaged_weight_file_is_told_by_name(
+    suffix: str, recipe_path: Path, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = renamed(model_folders["llama"], tmp_path / "damaged", lambda name: name, suffix)
+    (file,) = folder.glob("*model*." + suffix)
+    file.write_bytes(file.read_bytes()[:100])
+    done = launch("eval", recipe_path, f"model.path={folder}", "--out", tmp_path / "x.jsonl")
+    assert done.returncode == MISTAKE
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert f"model.path: {file}: not a readable weight file" in line
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Elements a second of the noise sweeps on this machine's CPU, a table on standard output.
 
-    python -m tests.benchmarks.sweeps [THREADS]
+    python -m benchmarks.sweeps [THREADS]
 
 Medians of seven runs over one tensor of 64 Mi elements, beside torch's plain copy of it.
 """
