@@ -156,7 +156,9 @@ class ActorFleet:
         def assign(group: Sequence[Probe]) -> Callable[[_Seat], Any]:
             return lambda seat: seat.actor.evaluate.remote(self._missing(seat), group)
 
-        return self._dispatch([assign(group) for group in probe_groups(probes)])
+        return self._dispatch(
+            [assign(group) for group in probe_groups(probes, self._config.space.probes_per_group)]
+        )
 
     def score(self, split: Split, examples: Sequence[int]) -> list[ExampleScore]:
         def assign(chunk: Sequence[int]) -> Callable[[_Seat], Any]:

@@ -107,6 +107,15 @@ class Checkpoint:
             return tuple(reader[name].shape)
         return tuple(reader.get_slice(name).get_shape())
 
+    def linear_modules(self) -> dict[str, list[tuple[int, int]]]:
+        """Names of the linear modules inside the layers, with all their [outputs, inputs]."""
+        modules: dict[str, list[tuple[int, int]]] = {}
+        for name in self.names:
+            *path, module, kind = name.split(".")
+            if kind == "weight" and "layers" in path and len(shape := self.shape(name)) == 2:
+                modules.setdefault(module, []).append((shape[0], shape[1]))
+        return modules
+
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU, in the file's dtype."""
         reader = self._readers[name]

@@ -39,6 +39,8 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the live weights and of the forward."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    quantization: str | None = None
+    """lora: how SGLang quantises the base weights, such as fp8; None: as the checkpoint says."""
     kv_tokens: Positive = 16384
     """Size of a replica's KV pool, in tokens; larger batches are split."""
     trust_remote_code: bool = False
@@ -48,11 +50,57 @@ class Model(Section):
 
 
 class Space(Section):
-    """Which parameters are trained, and how precisely they are kept."""
+    """Which parameters are trained, how they are perturbed, and how precisely they are kept."""
 
-    kind: Literal["dense"] = "dense"
+    kind: Literal["dense", "lora", "low_rank"] = "dense"
+    """dense: all weights. lora: an adapter. low_rank: all matrices, by noise of low rank."""
     master: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the trained state; bfloat16 rounds stochastically."""
+    """Precision of the trained state; bfloat16 rounds stochastically. An adapter's is float32."""
+    slots: Annotated[int, Field(ge=2, multiple_of=2, strict=True)] = 8
+    """lora, low_rank: perturbations that one forward evaluates together."""
+    rank: Positive = 8
+    """lora: of the adapter; low_rank: of the noise."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """lora: names of the linear modules that the adapter acts on."""
+    alpha: PositiveFloat = 16.0
+    """lora: the adapter's output is scaled by alpha / rank."""
+    init: str | None = None
+    """lora: a folder with a PEFT adapter to start from, instead of PEFT's random first values."""
+    refresh: Positive = 1
+    """low_rank: steps between changes of the noise's right factors (LOZO's nu)."""
+    others: Literal["frozen", "dense"] = "frozen"
+    """low_rank: what becomes of parameters that are not matrices of linear layers."""
+
+    @property
+    def probes_per_group(self) -> int:
+        """Probes that a replica is given at a time; decides batch shapes, so never the fleet."""
+        return 2 if self.kind == "dense" or self._one_by_one else self.slots
+
+    @property
+    def _one_by_one(self) -> bool:
+        return self.kind == "low_rank" and self.others == "dense"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "lora" and self.master != "float32":
+            raise ValueError(f"master: {self.master}: an adapter is kept in float32")
+        for key, kinds in SPACE_KEYS.items():
+            is_default = getattr(self, key) == type(self).model_fields[key].default
+            if self.kind not in kinds and not is_default:
+                raise ValueError(f"{key}: is of no use to space.kind={self.kind}; leave it out")
+        return self
+
+
+# Keys of a space that only some kinds read.
+SPACE_KEYS = {
+    "slots": ("lora", "low_rank"),
+    "rank": ("lora", "low_rank"),
+    "targets": ("lora",),
+    "alpha": ("lora",),
+    "init": ("lora",),
+    "refresh": ("low_rank",),
+    "others": ("low_rank",),
+}
 
 
 class Estimator(Section):
@@ -177,6 +225,15 @@ class Config(Section):
     fleet: FleetSection = FleetSection()
     run: Run
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model.quantization is not None and self.space.kind != "lora":
+            raise ValueError(
+                f"model.quantization: {self.model.quantization}: space.kind={self.space.kind} "
+                "trains the base weights, which must not be quantised"
+            )
+        return self
+
     def identity(self) -> str:
         """Hash (SHA-256, hex) of all that decides a run's ledger, but for weights and rows.
 
@@ -186,7 +243,12 @@ class Config(Section):
         data = self.model_dump(
             mode="json",
             exclude_defaults=True,  # so that a key that is added later changes no identity
-            exclude={"model": {"path", "device"}, "task": {"train", "test"}, "fleet": True},
+            exclude={
+                "model": {"path", "device"},
+                "space": {"init"},
+                "task": {"train", "test"},
+                "fleet": True,
+            },
         )
         data["threads"] = self.fleet.threads_per_replica
         data["run"] = {"steps": self.run.steps, "seed": self.run.seed}

@@ -4,44 +4,31 @@ Owns the master copy. The live weights are always written from it, never undone 
 that a probe leaves no trace (MeZO's in-place +eps, -2 eps, +eps drifts). Knows nothing of losses.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from orchestrator import sweeps_numba, sweeps_triton
-from orchestrator.noise import NoiseKind, TensorRegion
+from orchestrator import space
+from orchestrator.export import write_model
+from orchestrator.noise import NoiseKind
 from orchestrator.parameters import CanonicalTensor
-from orchestrator.records import StepUpdate
-from orchestrator.runner import gather_from_ranks, sum_over_ranks
-from orchestrator.sweeps import Sweeps
-from orchestrator.tensor_map import Shard
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedTensor:
-    """What this process trains of a canonical tensor; both values are [rows, columns]."""
-
-    region: TensorRegion
-    shard: Shard
-    master: torch.Tensor
-    live: torch.Tensor
+from orchestrator.records import Probe, StepUpdate
+from orchestrator.space import Groups, Placed, TrainedTensor
 
 
 class DenseSpace:
-    """Master and live weights of one replica, or of its part on one tensor-parallel rank.
+    """Master and live weights of all tensors. See space.Space for what its methods promise."""
 
-    All ranks of a replica make the same calls; digests and exported values are of all of them.
-    """
+    adapter = None
 
     def __init__(
         self, tensors: Sequence[CanonicalTensor], *, noise: NoiseKind, master_dtype: torch.dtype
     ) -> None:
         device = tensors[0].live.device
         self._noise = noise
-        self._sweeps: Sweeps = sweeps_triton if device.type == "cuda" else sweeps_numba
+        self._sweeps = space.sweeps_for(device)
         self.tensors = [
             TrainedTensor(
                 tensor.region,
@@ -55,9 +42,13 @@ class DenseSpace:
 
     @property
     def num_parameters(self) -> int:
-        """Trained elements, over all ranks."""
-        counted = (tensor.master.numel() for tensor in self.tensors if tensor.shard.counted)
-        return sum_over_ranks([sum(counted)])[0]
+        return space.num_parameters(self.tensors)
+
+    def placed(self, probes: Sequence[Probe]) -> Groups:
+        with self.probing():
+            for probe in probes:
+                self.perturb(probe.seed, probe.sign * probe.eps)
+                yield [Placed(probe, self.adapter)]
 
     @contextmanager
     def probing(self) -> Iterator["DenseSpace"]:
@@ -102,42 +93,18 @@ class DenseSpace:
             )
 
     def digest(self) -> str:
-        """Checksum (128 bits, hex) of the trained state, the same on any device at any tp_size."""
-        return self._digest(lambda tensor: tensor.master)
+        return space.digest(self.tensors, lambda tensor: tensor.master)
 
     def live_digest(self) -> str:
         """Checksum of the weights that the engine runs with."""
-        return self._digest(lambda tensor: tensor.live)
-
-    def _digest(self, value: Callable[[TrainedTensor], torch.Tensor]) -> str:
-        parts = [
-            self._sweeps.digest(value(tensor), tensor.region) if tensor.shard.counted else 0
-            for tensor in self.tensors
-        ]
-        total = hashlib.blake2b(digest_size=16)
-        for tensor, checksum in zip(self.tensors, sum_over_ranks(parts), strict=True):
-            total.update(f"{tensor.region.name} {checksum:016x}\n".encode())
-        return total.hexdigest()
+        return space.digest(self.tensors, lambda tensor: tensor.live)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The trained weights as the engine runs with them: canonical name, whole tensor on CPU.
-
-        On rank 0; other ranks take part and yield nothing.
-        """
+        """The weights as the engine runs with them: canonical name, whole tensor on the CPU."""
         self.restore()
-        for tensor in self.tensors:
-            parts = gather_from_ranks((tensor.shard, tensor.live.cpu()))
-            if parts is not None:
-                yield tensor.region.name, _assembled(parts)
+        return space.assembled(
+            (tensor.region.name, tensor.shard, tensor.live) for tensor in self.tensors
+        )
 
-
-def _assembled(parts: Sequence[tuple[Shard, torch.Tensor]]) -> torch.Tensor:
-    """The whole tensor, of the ranks' parts of it."""
-    first, value = parts[0]
-    whole = torch.empty(first.full_shape, dtype=value.dtype)
-    cells = whole.view(-1, first.full_columns)
-    for shard, part in parts:
-        rows = slice(shard.first_row, shard.first_row + shard.num_rows)
-        columns = slice(shard.first_column, shard.first_column + shard.num_columns)
-        cells[rows, columns] = part.view(shard.num_rows, shard.num_columns)
-    return whole
+    def export(self, base: Path, folder: Path) -> None:
+        write_model(base, folder, self.weights())

@@ -9,7 +9,7 @@ import itertools
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import nn
 
+from orchestrator.adapters import AdapterPlan, AdapterSlots
 from orchestrator.config import ConfigError
 from orchestrator.runner import ALONE, Runner, World
 
@@ -96,12 +97,12 @@ class ScoringHead(nn.Module):
         return LogitsProcessorOutput(next_token_logits=None, input_token_logprobs=torch.cat(scored))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Prompt:
-    """Distinct input tokens, and the (position, token) pairs to score on them."""
+    """Distinct input tokens, and the (position, token) pairs to score on them, in order."""
 
     tokens: tuple[int, ...]
-    logprobs: dict[tuple[int, int], float]
+    targets: dict[tuple[int, int], None] = field(default_factory=dict)
 
 
 class Engine:
@@ -123,12 +124,15 @@ class Engine:
         allow_fallback: bool = False,
         cuda_graphs: bool = False,
         load_format: str = "auto",
+        quantization: str | None = None,
+        adapters: AdapterPlan | None = None,
         world: World = ALONE,
     ) -> None:
         """Load the model.
 
         `model_path` is a folder in Hugging Face's layout; `device` "cpu" or "cuda"; `kv_tokens`
-        the size of the KV pool; `load_format` "auto", or "dummy" for random weights. Raises
+        the size of the KV pool; `load_format` "auto", or "dummy" for random weights;
+        `quantization` as SGLang names it; `adapters` the slots to make room for. Raises
         ConfigError for a checkpoint that does not fit the model, and, unless `allow_fallback`,
         where SGLang has no implementation of its own for the model's architecture.
         """
@@ -147,11 +151,13 @@ class Engine:
             disable_cuda_graph=on_cpu or not cuda_graphs,
             disable_overlap_schedule=True,
             max_total_tokens=kv_tokens,
+            quantization=quantization,
             max_running_requests=MAX_BATCH_SEQUENCES,
             mem_fraction_static=0.5,
             page_size=1,
             enable_fp32_lm_head=True,
             random_seed=0,
+            **(adapters.server_arguments(on_cpu) if adapters else {}),
         )
         model_config = ModelConfig.from_server_args(arguments)
         if not allow_fallback:
@@ -160,6 +166,9 @@ class Engine:
         if on_cpu:  # SGLang sets the number to that of the machine's cores
             torch.set_num_threads(threads)
         runner = self._runner.model_runner
+        self.slots: AdapterSlots | None = None
+        if adapters is not None:
+            self.slots = AdapterSlots(runner, adapters, world.rank)
         self._head = ScoringHead(self.model.logits_processor)
         self.model.logits_processor = self._head
         self._allocator = runner.token_to_kv_pool_allocator
@@ -198,14 +207,20 @@ class Engine:
         sequences: Sequence[Sequence[int]],
         spans: Sequence[tuple[int, int]],
         namespace: str | None = None,
+        adapters: Sequence[str | None] = (None,),
     ) -> Scores:
         """Log-probability of tokens start..end of each sequence, given what stands before them.
+
+        All sequences are scored under each of the `adapters` (names of slots, or None); the spans
+        of the answer are those of the first adapter, then those of the second, and so on. A batch
+        holds the same sequences under all adapters, so that none is computed in other shapes than
+        another.
 
         The last token of a span is only a target, never an input: sequences that differ in no
         other token go through the model once. With a `namespace`, KV entries are looked up and
         kept under that name; it must stand for one state of the weights. Without one nothing is
         reused and nothing stays. Raises ValueError for a span that does not fit its sequence,
-        ConfigError for a sequence that is longer than the KV pool.
+        ConfigError for a sequence that, times the adapters, is longer than the KV pool.
         """
         prompts: dict[tuple[int, ...], _Prompt] = {}
         pairs = []  # per sequence: its prompt, and what of it makes up the span
@@ -213,22 +228,26 @@ class Engine:
             if not 1 <= start < end <= len(tokens):
                 raise ValueError(f"span {start}..{end} in a sequence of {len(tokens)} tokens")
             inputs = tuple(tokens[: end - 1])
-            prompt = prompts.setdefault(inputs, _Prompt(inputs, {}))
+            prompt = prompts.setdefault(inputs, _Prompt(inputs))
             wanted = [(position, tokens[position + 1]) for position in range(start - 1, end - 1)]
-            prompt.logprobs.update(dict.fromkeys(wanted, 0.0))
+            prompt.targets.update(dict.fromkeys(wanted))
             pairs.append((prompt, wanted))
         num_tokens = num_reused = 0
         distinct = list(prompts.values())
-        for batch in self._split([len(prompt.tokens) for prompt in distinct]):
-            computed, reused = self._forward([distinct[index] for index in batch], namespace)
-            num_tokens += computed
+        logprobs: dict[tuple[str | None, _Prompt], dict[tuple[int, int], float]] = {}
+        for batch in self._split([len(prompt.tokens) for prompt in distinct], len(adapters)):
+            # The rows of an adapter stand together: kernels then work on few, long segments.
+            rows = [(adapter, distinct[index]) for adapter in adapters for index in batch]
+            values, reused = self._forward(rows, namespace)
+            logprobs.update(zip(rows, values, strict=True))
+            num_tokens += sum(len(prompt.tokens) for _, prompt in rows) - reused
             num_reused += reused
-        sums = [sum(prompt.logprobs[pair] for pair in wanted) for prompt, wanted in pairs]
-        spans_scores = [
-            SpanScore(mean=total / (end - start), sum=total)
-            for total, (start, end) in zip(sums, spans, strict=True)
-        ]
-        return Scores(spans_scores, num_tokens, num_reused)
+        scores = []
+        for adapter in adapters:
+            for (prompt, wanted), (start, end) in zip(pairs, spans, strict=True):
+                total = sum(logprobs[adapter, prompt][pair] for pair in wanted)
+                scores.append(SpanScore(mean=total / (end - start), sum=total))
+        return Scores(scores, num_tokens, num_reused)
 
     @torch.no_grad()
     def generate(
@@ -248,17 +267,19 @@ class Engine:
             continuations += self._decode(chosen, max_new_tokens, frozenset(stop_tokens))
         return continuations
 
-    def _split(self, lengths: Sequence[int]) -> Iterator[range]:
-        """Batches that fit the KV pool; decided by lengths alone, so the same for both signs."""
+    def _split(self, lengths: Sequence[int], num_copies: int = 1) -> Iterator[range]:
+        """Batches of which so many copies fit the pools; decided by lengths alone."""
         first = num_tokens = 0
         for index, length in enumerate(lengths):
-            if length > self.max_sequence_length:
+            if length > self.max_sequence_length or length * num_copies > self._kv_tokens:
+                times = f", {num_copies} times over," if num_copies > 1 else ""
                 raise ConfigError(
-                    f"a sequence of {length} tokens exceeds the {self.max_sequence_length} that "
-                    "model.kv_tokens and the model's context allow; raise model.kv_tokens or "
+                    f"a sequence of {length} tokens{times} exceeds the {self.max_sequence_length} "
+                    "that model.kv_tokens and the model's context allow; raise model.kv_tokens or "
                     "lower task.max_length"
                 )
-            if num_tokens + length > self._kv_tokens or index - first == self._max_sequences:
+            is_full = (index - first + 1) * num_copies > self._max_sequences
+            if index > first and (is_full or (num_tokens + length) * num_copies > self._kv_tokens):
                 yield range(first, index)
                 first, num_tokens = index, 0
             num_tokens += length
@@ -291,20 +312,21 @@ class Engine:
                 self._release(request, keep=False)
         return [_until(request.output_ids, stop_tokens) for request in requests]
 
-    def _forward(self, batch: list[_Prompt], namespace: str | None) -> tuple[int, int]:
-        """Fill in the prompts' log-probabilities; return tokens computed and tokens reused."""
+    def _forward(
+        self, rows: Sequence[tuple[str | None, _Prompt]], namespace: str | None
+    ) -> tuple[list[dict[tuple[int, int], float]], int]:
+        """Each row's log-probabilities of its prompt's targets, and the tokens that were reused."""
         self._runner.activate()
         requests: list[Req] = []
         scored = False
         try:
-            for prompt in batch:
+            for adapter, prompt in rows:
                 # A prefix may be reused up to the first scored position, which needs its logits.
-                first = min(position for position, _ in prompt.logprobs)
-                requests.append(self._request(prompt.tokens, namespace, first))
+                first = min(position for position, _ in prompt.targets)
+                requests.append(self._request(prompt.tokens, namespace, first, adapter))
             num_reused = sum(len(request.prefix_indices) for request in requests)
             forward_batch = self._forward_batch(self._schedule(requests))
-            rows, tokens = self._targets(batch, requests)
-            with self._head.scoring(rows, tokens):
+            with self._head.scoring(*self._targets(rows, requests)):
                 output = self._runner.forward(forward_batch)
             values = iter(output.input_token_logprobs.tolist())
             scored = True
@@ -313,9 +335,7 @@ class Engine:
             keep = namespace is not None and scored
             for request in requests:
                 self._release(request, keep)
-        for prompt in batch:
-            prompt.logprobs = {pair: next(values) for pair in prompt.logprobs}
-        return sum(len(prompt.tokens) for prompt in batch) - num_reused, num_reused
+        return [{pair: next(values) for pair in prompt.targets} for _, prompt in rows], num_reused
 
     def _schedule(self, requests: list[Req]) -> ScheduleBatch:
         """Allocate slots for the requests, and lay them out as one prefill batch."""
@@ -340,20 +360,26 @@ class Engine:
         )
 
     def _targets(
-        self, batch: list[_Prompt], requests: list[Req]
+        self, rows: Sequence[tuple[str | None, _Prompt]], requests: list[Req]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the flat batch that are scored, and the token to score at each (int64)."""
-        rows, tokens = [], []
-        first_row = 0
-        for prompt, request in zip(batch, requests, strict=True):
+        """Flat positions of the batch that are scored, and the token to score at each (int64)."""
+        positions, tokens = [], []
+        start = 0
+        for (_, prompt), request in zip(rows, requests, strict=True):
             num_reused = len(request.prefix_indices)
-            for position, token in prompt.logprobs:
-                rows.append(first_row + position - num_reused)
+            for position, token in prompt.targets:
+                positions.append(start + position - num_reused)
                 tokens.append(token)
-            first_row += len(prompt.tokens) - num_reused
-        return torch.tensor(rows, device=self.device), torch.tensor(tokens, device=self.device)
+            start += len(prompt.tokens) - num_reused
+        return torch.tensor(positions, device=self.device), torch.tensor(tokens, device=self.device)
 
-    def _request(self, tokens: Sequence[int], namespace: str | None, first_needed: int) -> Req:
+    def _request(
+        self,
+        tokens: Sequence[int],
+        namespace: str | None,
+        first_needed: int,
+        adapter: str | None = None,
+    ) -> Req:
         """A request whose hidden states are computed from position `first_needed` on, at least."""
         request = Req(
             rid=str(next(self._request_ids)),
@@ -362,6 +388,7 @@ class Engine:
             sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
             return_logprob=True,
             extra_key=namespace,
+            lora_id=adapter,
         )
         request.logprob_start_len = first_needed
         request.init_next_round_input(None if namespace is None else self._cache)

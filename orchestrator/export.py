@@ -1,20 +1,37 @@
-"""Trained weights as a folder that transformers and SGLang load.
+"""Trained weights as folders that transformers, PEFT and SGLang load.
 
-Owns the folder's layout: weights under Hugging Face's names, and beside them what else the base
-model's folder holds (configuration, tokenizer). Knows nothing of how the weights came to be.
+Owns the folders' layout: weights under Hugging Face's names, and beside them what else the base
+model's folder holds (configuration, tokenizer); or PEFT's form of an adapter, which is read here
+too. Knows nothing of how the weights came to be.
 """
 
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import load_file, save_file
+
+from orchestrator.config import ConfigError
 
 # What a model's folder holds beside its weights.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 WEIGHT_INDEX = ".index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """What PEFT must know of a LoRA adapter beside its factors."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
 
 
 def write_model(base: Path, folder: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -36,3 +53,41 @@ def write_model(base: Path, folder: Path, weights: Iterable[tuple[str, torch.Ten
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_torch_state_dict(tensors, unfinished)
     unfinished.rename(folder)
+
+
+def write_adapter(
+    base: Path, folder: Path, settings: AdapterSettings, factors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Write a LoRA adapter of the model in `base`: canonical names, whole factors."""
+    tensors = {PEFT_PREFIX + name: value.contiguous() for name, value in factors}
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number will do
+        target_modules=list(settings.modules),
+        base_model_name_or_path=str(base),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    ).save_pretrained(str(unfinished))
+    save_file(tensors, unfinished / ADAPTER_WEIGHTS, {"format": "pt"})
+    unfinished.rename(folder)
+
+
+def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, torch.Tensor]]:
+    """A PEFT adapter's settings, and its factors by canonical name.
+
+    Raises ConfigError for what is no plain LoRA adapter.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        stored = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"space.init: {folder}: no PEFT adapter: {reason}") from None
+    if not isinstance(config, LoraConfig) or config.use_dora or config.bias != "none":
+        raise ConfigError(f"space.init: {folder}: not a plain LoRA adapter (no DoRA, no biases)")
+    factors = {name.removeprefix(PEFT_PREFIX): value for name, value in stored.items()}
+    # PEFT may keep "all-linear" as such; the factors say what it came to.
+    modules = sorted({name.split(".")[-3] for name in factors})
+    return AdapterSettings(config.r, config.lora_alpha, tuple(modules)), factors

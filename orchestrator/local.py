@@ -42,7 +42,9 @@ class LocalFleet:
 
     def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
         losses = []
-        for index, group in zip(self._turns(), probe_groups(probes), strict=False):
+        for index, group in zip(
+            self._turns(), probe_groups(probes, self._config.space.probes_per_group), strict=False
+        ):
             losses += self._replicas[index].evaluate(self._missing(index), group)
         return losses
 

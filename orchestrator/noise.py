@@ -48,6 +48,7 @@ class Stream(IntEnum):
     ROUNDING = 1
     SEEDS = 2
     ORDER = 3
+    INITIAL = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,36 @@ def draw(kind: NoiseKind, seed: int, name: str, start: int, count: int) -> NDArr
     return np.where(negative, np.float32(-1), np.float32(1))
 
 
+def low_rank(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Noise z = u v / sqrt(rank) of a whole matrix or a shard of it: float32 [rows, columns].
+
+    `left` is u, float32 [rows, rank], and `right` is v, float32 [rank, columns]: factors are drawn
+    as tensors of their own, named NAME.u and NAME.v. Products are added in the order of the ranks.
+    EGGROLL, Sarkar et al. 2025; LOZO, Chen et al. 2024.
+    """
+    rows, rank = left.shape
+    z = np.zeros((rows, right.shape[1]), np.float32)
+    for k in range(rank):
+        z = z + left[:, k, None] * right[k]
+    return z * low_rank_scale(rank)
+
+
+def low_rank_scale(rank: int) -> np.float32:
+    """What gives a sum of `rank` products of unit variance unit variance: 1 / sqrt(rank)."""
+    return np.float32(1 / np.sqrt(rank))
+
+
 def rounding_bits(step: int, name: str, start: int, count: int) -> NDArray[np.uint16]:
     """Bits of one step's stochastic rounding of bfloat16 masters: uint16 [count]."""
     return _halfwords(_indices(start, count), name, Stream.ROUNDING, split_words(step))
+
+
+def uniform(seed: int, name: str, count: int) -> NDArray[np.float32]:
+    """First values of a trained tensor: float32 [count], evenly spread over [0, 1) in 2**-24s."""
+    index = _indices(0, count)
+    words = _block_words(index // np.uint64(4), name, Stream.INITIAL, split_words(seed))
+    word = _pick(words, index % np.uint64(4))
+    return (word >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
 
 
 def derive_seed(run_seed: int, step: int, index: int) -> int:
@@ -165,9 +193,8 @@ def digest(bits: NDArray[np.uint16] | NDArray[np.uint32], region: TensorRegion) 
     the digest of the whole.
     """
     rows, columns = bits.shape
-    index = np.stack(
-        [_indices(region.start + row * region.row_stride, columns) for row in range(rows)]
-    )
+    row_starts = _indices(0, rows) * np.uint64(region.row_stride)
+    index = row_starts[:, None] + _indices(region.start, columns)
     mixed = index * np.uint64(DIGEST_INDEX_MULTIPLIER)
     mixed += (bits.astype(np.uint64) + np.uint64(1)) * np.uint64(DIGEST_BITS_MULTIPLIER)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(DIGEST_MIX_MULTIPLIERS[0])

@@ -29,6 +29,12 @@ class CanonicalTensor:
     """The checkpoint's value, same shape, in the checkpoint's dtype, on the CPU."""
 
 
+def region(name: str, shard: Shard) -> TensorRegion:
+    """Where a shard lies in its canonical tensor."""
+    start = shard.first_row * shard.full_columns + shard.first_column
+    return TensorRegion(name, start, shard.full_columns)
+
+
 def canonical_tensors(
     model: nn.Module, checkpoint: Checkpoint, rank: int = 0
 ) -> list[CanonicalTensor]:
@@ -83,10 +89,9 @@ def _view(
         raise ConfigError(
             f"model.path: {source}: the engine's {shard.place.parameter} does not hold its values"
         )
-    start = shard.first_row * shard.full_columns + shard.first_column
     if shard.num_columns == shard.full_columns:  # whole rows: one stretch of the tensor
         live, initial = live.view(1, live.numel()), initial.reshape(1, live.numel())
-    return CanonicalTensor(TensorRegion(name, start, shard.full_columns), shard, live, initial)
+    return CanonicalTensor(region(name, shard), shard, live, initial)
 
 
 def _check_words(names: Iterable[str]) -> None:

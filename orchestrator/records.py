@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 Split = Literal["train", "test"]
-PROBES_PER_GROUP = 2
 EXAMPLES_PER_CHUNK = 64
 
 
@@ -93,13 +92,12 @@ class Fleet(Protocol):
     def close(self) -> None: ...
 
 
-def probe_groups(probes: Sequence[Probe]) -> list[tuple[Probe, ...]]:
+def probe_groups(probes: Sequence[Probe], size: int) -> list[tuple[Probe, ...]]:
     """The probes, in order, cut into what one replica gets at a time, whatever the fleet's size.
 
-    Both signs of a two-sided pair thus run on the same replica.
+    With an even size both signs of a two-sided pair run on the same replica.
     """
-    starts = range(0, len(probes), PROBES_PER_GROUP)
-    return [tuple(probes[start : start + PROBES_PER_GROUP]) for start in starts]
+    return [tuple(probes[start : start + size]) for start in range(0, len(probes), size)]
 
 
 def example_chunks(examples: Sequence[int]) -> list[tuple[int, ...]]:

@@ -6,6 +6,7 @@ the replica may be missing, so that a call's answer depends on nothing but its a
 
 import importlib.metadata
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numba
@@ -14,12 +15,11 @@ from transformers import AutoTokenizer
 
 from orchestrator import checkpoint, tasks
 from orchestrator.config import Config, ConfigError
-from orchestrator.dense import DenseSpace
 from orchestrator.engine import Engine
-from orchestrator.export import write_model
 from orchestrator.objectives import option_cross_entropy
-from orchestrator.parameters import canonical_tensors
 from orchestrator.records import ExampleScore, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
+from orchestrator.space import Placed
+from orchestrator.spaces import SpacePlan
 
 RECORDED_PACKAGES = ("sglang", "torch", "transformers", "ray", "numpy")
 
@@ -31,6 +31,7 @@ class Replica:
         """Load everything. `device` is "cpu" or "cuda". Raises ConfigError for what is missing."""
         self._folder = folder = checkpoint.locate(config.model.path)
         weights = checkpoint.Checkpoint(folder)  # refuses damaged files, before the engine starts
+        plan = SpacePlan(config, weights)
         threads = config.fleet.threads_per_replica
         self.engine = Engine(
             str(folder),
@@ -40,12 +41,10 @@ class Replica:
             threads=threads,
             trust_remote_code=config.model.trust_remote_code,
             allow_fallback=config.model.allow_fallback,
+            quantization=config.model.quantization,
+            adapters=plan.adapters,
         )
-        self.space = DenseSpace(
-            canonical_tensors(self.engine.model, weights),
-            noise=config.estimator.noise,
-            master_dtype=getattr(torch, config.space.master),
-        )
+        self.space = plan.build(self.engine)
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         data = tasks.load(config.task)
         self._encoder = _encoder(config, folder, data)
@@ -54,10 +53,16 @@ class Replica:
                 f"task.max_length: a sequence has {self._encoder.longest} tokens; model.kv_tokens "
                 f"and the model's context allow {self.engine.max_sequence_length}"
             )
+        if self._encoder.longest * plan.rows_per_sequence > config.model.kv_tokens:
+            raise ConfigError(
+                f"space.slots: {config.space.slots} times a sequence of {self._encoder.longest} "
+                f"tokens does not fit into model.kv_tokens, {config.model.kv_tokens}; raise that, "
+                "or lower space.slots"
+            )
         self._next_step = 0
         self.info = ReplicaInfo(
             model_class=type(self.engine.model).__name__,
-            weights_hash=checkpoint.weights_hash(folder),
+            weights_hash=checkpoint.weights_hash(folder) + plan.initial_hash,
             data_hash=data.fingerprint(),
             num_parameters=self.space.num_parameters,
             device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -67,13 +72,8 @@ class Replica:
     def evaluate(self, updates: Sequence[StepUpdate], probes: Sequence[Probe]) -> list[ProbeLoss]:
         """The probes' losses, at the state that the updates lead to."""
         self._catch_up(updates)
-        with self.space.probing() as space:
-            losses = []
-            for probe in probes:
-                assert probe.step == self._next_step, f"{probe} at step {self._next_step}"
-                space.perturb(probe.seed, probe.sign * probe.eps)
-                losses.append(self._loss(probe.examples))
-            return losses
+        with closing(self.space.placed(probes)) as groups:
+            return [loss for group in groups for loss in self._losses(group)]
 
     def score(
         self, updates: Sequence[StepUpdate], split: Split, examples: Sequence[int]
@@ -81,7 +81,7 @@ class Replica:
         """Option scores of examples under the trained state, unperturbed."""
         self._catch_up(updates)
         encodings = self._encoder.encode(split, examples)
-        scores, _ = self._score(encodings)
+        (scores,), _ = self._score(encodings, [self.space.adapter])
         return [
             ExampleScore(
                 id=id,
@@ -98,9 +98,9 @@ class Replica:
         return self.space.digest()
 
     def export(self, updates: Sequence[StepUpdate], folder: Path) -> None:
-        """Write the model that the updates lead to, as a Hugging Face folder."""
+        """Write what the updates lead to where others can load it."""
         self._catch_up(updates)
-        write_model(self._folder, folder, self.space.weights())
+        self.space.export(self._folder, folder)
 
     def close(self) -> None:
         """Give the engine's memory back."""
@@ -115,23 +115,36 @@ class Replica:
             self.space.apply(update)
             self._next_step += 1
 
-    def _loss(self, examples: Sequence[int]) -> ProbeLoss:
+    def _losses(self, group: Sequence[Placed]) -> list[ProbeLoss]:
+        """Losses of probes whose perturbations are in place together."""
+        examples = group[0].probe.examples
+        for placed in group:
+            assert placed.probe.step == self._next_step, f"{placed} at step {self._next_step}"
+            assert placed.probe.examples == examples, "a step's probes score the same examples"
         encodings = self._encoder.encode("train", examples)
-        scores, num_tokens = self._score(encodings)
-        losses = [
-            option_cross_entropy(options, encoding.label)
-            for options, encoding in zip(scores, encodings, strict=True)
-        ]
-        return ProbeLoss(value=sum(losses) / len(losses), num_tokens=num_tokens)
+        scores, num_tokens = self._score(encodings, [placed.adapter for placed in group])
+        losses = []
+        for options_per_example in scores:
+            values = [
+                option_cross_entropy(options, encoding.label)
+                for options, encoding in zip(options_per_example, encodings, strict=True)
+            ]
+            losses.append(ProbeLoss(sum(values) / len(values), num_tokens // len(group)))
+        return losses
 
-    def _score(self, encodings: Sequence[tasks.Encoding]) -> tuple[list[list[float]], int]:
-        """Mean log-probability per example and option, and the tokens that were computed."""
+    def _score(
+        self, encodings: Sequence[tasks.Encoding], adapters: Sequence[str | None]
+    ) -> tuple[list[list[list[float]]], int]:
+        """Mean log-probability per adapter, example and option; the tokens that were computed."""
         scores = self.engine.score(
             [sequence for encoding in encodings for sequence in encoding.sequences],
             [span for encoding in encodings for span in encoding.spans],
+            adapters=adapters,
         )
         means = iter(span.mean for span in scores.spans)
-        return [[next(means) for _ in encoding.spans] for encoding in encodings], scores.num_tokens
+        return [
+            [[next(means) for _ in encoding.spans] for encoding in encodings] for _ in adapters
+        ], scores.num_tokens
 
 
 def _encoder(config: Config, folder: Path, data: tasks.TaskData) -> tasks.Encoder:

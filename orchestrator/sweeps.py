@@ -52,6 +52,25 @@ class Sweeps(Protocol):
         unequal numbers of seeds and coefficients.
         """
 
+    def low_rank_update(
+        self,
+        master: torch.Tensor,
+        live: torch.Tensor,
+        region: TensorRegion,
+        *,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        coefficients: Sequence[float],
+        decay: float,
+        step: int,
+    ) -> None:
+        """Set master = master * decay + sum_s coefficients[s] * z_s, live = round(master).
+
+        z_s is noise.low_rank of left[s] and right[s]: left [seeds, rows, rank] and right
+        [seeds, rank, columns], float32, contiguous, on master's device. All else is as in update.
+        Raises ValueError for factors that do not fit the master or the coefficients.
+        """
+
     def digest(self, values: torch.Tensor, region: TensorRegion) -> int:
         """The checksum in [0, 2**64) of the raw bits of a [rows, columns] tensor.
 
@@ -76,3 +95,21 @@ def check_counts(seeds: Sequence[int], coefficients: Sequence[float]) -> None:
     """Raises ValueError unless there is one coefficient a seed."""
     if len(seeds) != len(coefficients):
         raise ValueError(f"{len(seeds)} seeds but {len(coefficients)} coefficients")
+
+
+def check_factors(
+    master: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: Sequence[float]
+) -> None:
+    """Raises ValueError unless left and right are factors of noise for this master."""
+    seeds, (rows, columns) = len(coefficients), master.shape
+    rank = left.shape[-1] if left.ndim else 0
+    fit = left.shape == (seeds, rows, rank) and right.shape == (seeds, rank, columns)
+    if rank == 0 or not fit:
+        raise ValueError(
+            f"left {tuple(left.shape)} and right {tuple(right.shape)} are not the factors of "
+            f"{seeds} seeds' noise for a master {tuple(master.shape)}"
+        )
+    for name, factor in (("left", left), ("right", right)):
+        shape, wanted = tuple(factor.shape), (torch.float32, master.device)
+        if (factor.dtype, factor.device) != wanted or not factor.is_contiguous():
+            raise ValueError(f"{name} {shape} must be contiguous float32 on {master.device}")

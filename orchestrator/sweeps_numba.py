@@ -1,4 +1,4 @@
-"""Sweeps over slices of parameters on a CPU, compiled by numba: perturb, update and digest.
+"""Sweeps over slices of parameters on a CPU, compiled by numba: perturb, update, low_rank_update, digest.
 
 Owns the fast form of noise version 1 for torch tensors in host memory. A sweep reads and writes
 each element once; noise exists only in tiles that stay in the first-level cache. The results are
@@ -27,13 +27,18 @@ from orchestrator.noise import (
     Stream,
     TensorRegion,
     gaussian_magnitudes,
+    low_rank_scale,
     split_words,
     tensor_word,
 )
-from orchestrator.sweeps import check_counts, check_layout, require_unit_columns
+from orchestrator.sweeps import check_counts, check_factors, check_layout, require_unit_columns
 
 TILE = 4096  # elements: one thread's scratch then fits in 48 KiB of first-level cache
 SCRATCH = TILE + 2 * RADEMACHER_BLOCK  # elements: a tile may begin and end inside a block
+# A block spans rows too, so that a tile of right factors, read from the first-level cache, serves
+# all of them.
+BLOCK_ROWS = 4
+BLOCK_COLUMNS = TILE // BLOCK_ROWS
 
 # numba adds a signed to an unsigned integer as float64, so every constant below is unsigned.
 WORD_BITS = np.uint64(32)
@@ -126,6 +131,36 @@ def update(
         live.copy_(target)
 
 
+def low_rank_update(
+    master: torch.Tensor,
+    live: torch.Tensor,
+    region: TensorRegion,
+    *,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    coefficients: Sequence[float],
+    decay: float,
+    step: int,
+) -> None:
+    """See sweeps.Sweeps.low_rank_update."""
+    check_factors(master, left, right, coefficients)
+    target = _target(master, live)
+    _low_rank_update(
+        _patterns(master),
+        _patterns(target),
+        _frame(target, region),
+        left.numpy(),
+        right.numpy(),
+        low_rank_scale(left.shape[2]),
+        np.array(coefficients, np.float32),
+        np.float32(decay),
+        np.uint32(tensor_word(region.name)),
+        _keys([step])[0],
+    )
+    if target is not live:
+        live.copy_(target)
+
+
 def digest(values: torch.Tensor, region: TensorRegion) -> int:
     """See sweeps.Sweeps.digest."""
     require_unit_columns(values)
@@ -144,7 +179,8 @@ def _target(master: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 def _patterns(values: torch.Tensor) -> NDArray[Any]:
     """The memory from a view's first to its last element: bit patterns, uint32 or uint16 [n]."""
     rows, columns = values.shape
-    flat = values.as_strided(((rows - 1) * values.stride(0) + columns,), (1,))
+    length = (rows - 1) * values.stride(0) + columns if values.numel() else 0
+    flat = values.as_strided((length,), (1,))
     pattern = torch.uint32 if values.dtype is torch.float32 else torch.uint16
     patterns: NDArray[Any] = flat.view(pattern).numpy()
     return patterns
@@ -216,8 +252,46 @@ def _update(
             here = row * frame.memory_stride + column
             old = master[there : there + count]
             new = live[here : here + count]
-            bits = _draw_halfwords(words, source.name_word, ROUNDING, rounding_key, index, count)
+            bits = _draw_rounding(words, old, source.name_word, rounding_key, index)
             _update_tile(old, new, total, decay, bits)
+
+
+@compiled_parallel
+def _low_rank_update(
+    master: NDArray[Any],
+    live: NDArray[Any],
+    frame: Frame,
+    left: NDArray[np.float32],
+    right: NDArray[np.float32],
+    scale: np.float32,
+    coefficients: NDArray[np.float32],
+    decay: np.float32,
+    name_word: np.uint32,
+    rounding_key: NDArray[np.uint32],
+) -> None:
+    blocks = _block_count(frame)
+    for part in prange(frame.ranges):
+        words = np.empty(SCRATCH // 2, np.uint32)
+        noise = np.empty(BLOCK_COLUMNS, np.float32)
+        totals = np.empty((BLOCK_ROWS, BLOCK_COLUMNS), np.float32)
+        for block in range(blocks * part // frame.ranges, blocks * (part + 1) // frame.ranges):
+            first_row, rows, column, count = _block(frame, block)
+            z = noise[:count]
+            for i in range(rows):
+                _clear(totals[i])
+            for seed in range(len(coefficients)):
+                for i in range(rows):
+                    _multiply(z, left[seed, first_row + i], right[seed], column)
+                    _accumulate_scaled(totals[i], z, scale, coefficients[seed])
+            for i in range(rows):
+                row = first_row + i
+                there = row * frame.columns + column
+                here = row * frame.memory_stride + column
+                old = master[there : there + count]
+                new = live[here : here + count]
+                index = _global_index(frame, row, column)
+                bits = _draw_rounding(words, old, name_word, rounding_key, index)
+                _update_tile(old, new, totals[i], decay, bits)
 
 
 @compiled_parallel
@@ -244,6 +318,21 @@ def _tile(frame: Frame, tile: int) -> tuple[int, int, int]:
     tiles_per_row = (frame.columns + TILE - 1) // TILE
     column = tile % tiles_per_row * TILE
     return tile // tiles_per_row, column, min(TILE, frame.columns - column)
+
+
+@compiled
+def _block_count(frame: Frame) -> int:
+    down = (frame.rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    return down * ((frame.columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS)
+
+
+@compiled
+def _block(frame: Frame, block: int) -> tuple[int, int, int, int]:
+    """A block's first row, number of rows, first column and number of columns."""
+    blocks_per_row = (frame.columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    row = block // blocks_per_row * BLOCK_ROWS
+    column = block % blocks_per_row * BLOCK_COLUMNS
+    return row, min(BLOCK_ROWS, frame.rows - row), column, min(BLOCK_COLUMNS, frame.columns - column)
 
 
 @compiled
@@ -290,6 +379,20 @@ def _draw_halfwords(
     _fill_words(words, block, blocks, name_word, stream, key)
     # words are stored low half first, as on every machine that this runs on
     return words.view(np.uint16)[skipped : skipped + count]
+
+
+@compiled
+def _draw_rounding(
+    words: NDArray[np.uint32],
+    master: NDArray[Any],
+    name_word: np.uint32,
+    key: NDArray[np.uint32],
+    index: np.uint64,
+) -> NDArray[np.uint16]:
+    """The rounding bits of a piece of the master: a view into `words`, arbitrary for float32."""
+    if master.itemsize == 4:
+        return words.view(np.uint16)[: len(master)]
+    return _draw_halfwords(words, name_word, ROUNDING, key, index, len(master))
 
 
 @compiled
@@ -368,6 +471,53 @@ def _accumulate(
 ) -> None:
     for i in range(len(total)):
         total[i] = total[i] + coefficient * z[i]
+
+
+@compiled
+def _multiply(
+    z: NDArray[np.float32], left: NDArray[np.float32], right: NDArray[np.float32], column: int
+) -> None:
+    """Set z to one row, left [rank], times the columns of right [rank, columns] from one on."""
+    last = column + len(z)
+    _clear(z)
+    grouped = len(left) // 4 * 4
+    for k in range(0, grouped, 4):
+        _add_four_products(
+            z,
+            left[k : k + 4],
+            right[k, column:last],
+            right[k + 1, column:last],
+            right[k + 2, column:last],
+            right[k + 3, column:last],
+        )
+    for k in range(grouped, len(left)):
+        _accumulate(z, right[k, column:last], left[k])
+
+
+@compiled
+def _add_four_products(
+    z: NDArray[np.float32],
+    left: NDArray[np.float32],
+    right_0: NDArray[np.float32],
+    right_1: NDArray[np.float32],
+    right_2: NDArray[np.float32],
+    right_3: NDArray[np.float32],
+) -> None:
+    """Four steps of a sum in one pass over z, in their order."""
+    left_0, left_1, left_2, left_3 = left[0], left[1], left[2], left[3]
+    for i in range(len(z)):
+        value = z[i] + left_0 * right_0[i]
+        value = value + left_1 * right_1[i]
+        value = value + left_2 * right_2[i]
+        z[i] = value + left_3 * right_3[i]
+
+
+@compiled
+def _accumulate_scaled(
+    total: NDArray[np.float32], z: NDArray[np.float32], scale: np.float32, coefficient: np.float32
+) -> None:
+    for i in range(len(z)):
+        total[i] = total[i] + coefficient * (z[i] * scale)
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Sweeps over slices of parameters on a CUDA device, in Triton: perturb, update and digest.
+"""Sweeps over slices of parameters on a CUDA device, in Triton: perturb, update, low_rank_update and digest.
 
 Owns the device form of noise version 1. A sweep is one launch that reads and writes each element
 once; noise exists only in registers. The results are the bits that noise.py specifies. Launches
@@ -24,14 +24,18 @@ from orchestrator.noise import (
     Stream,
     TensorRegion,
     gaussian_magnitudes,
+    low_rank_scale,
     tensor_word,
 )
-from orchestrator.sweeps import check_counts, check_layout, require_unit_columns
+from orchestrator.sweeps import check_counts, check_factors, check_layout, require_unit_columns
 
 # Elements of one program. Rademacher tiles are larger: a block of words serves more elements.
 GAUSSIAN_TILE = 1024
 RADEMACHER_TILE = 4096
 DIGEST_TILE = 1024
+# Tiles of low-rank noise span rows too: right factors are read once for all of them.
+LOW_RANK_ROWS = 16
+LOW_RANK_COLUMNS = 256
 MAGNITUDE_COUNT = 1024
 
 HALFWORDS_PER_BLOCK = tl.constexpr(GAUSSIAN_BLOCK)
@@ -129,6 +133,50 @@ def update(
         )
 
 
+def low_rank_update(
+    master: torch.Tensor,
+    live: torch.Tensor,
+    region: TensorRegion,
+    *,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    coefficients: Sequence[float],
+    decay: float,
+    step: int,
+) -> None:
+    """See sweeps.Sweeps.low_rank_update."""
+    check_factors(master, left, right, coefficients)
+    check_layout(master, live)
+    rows, columns = master.shape
+    # only rounding bits come in blocks, and a float32 master draws none
+    aligned = master.dtype is torch.float32 or _rows_begin_blocks(region, GAUSSIAN_BLOCK)
+    tiles = triton.cdiv(columns if aligned else columns + GAUSSIAN_BLOCK - 1, LOW_RANK_COLUMNS)
+    with torch.cuda.device_of(master):
+        _low_rank_update[(triton.cdiv(rows, LOW_RANK_ROWS) * tiles,)](
+            _patterns(master),
+            _patterns(live),
+            left,
+            right,
+            torch.tensor(coefficients, dtype=torch.float32).to(master.device, non_blocking=True),
+            len(coefficients),
+            tiles,
+            rows,
+            columns,
+            live.stride(0),
+            region.start,
+            region.row_stride,
+            tensor_word(region.name),
+            step,
+            float(low_rank_scale(left.shape[2])),
+            decay,
+            RANK=left.shape[2],
+            ALIGNED=aligned,
+            ROWS=LOW_RANK_ROWS,
+            COLUMNS=LOW_RANK_COLUMNS,
+            enable_fp_fusion=False,
+        )
+
+
 def digest(values: torch.Tensor, region: TensorRegion) -> int:
     """See sweeps.Sweeps.digest. Waits for the device."""
     require_unit_columns(values)
@@ -159,9 +207,14 @@ def _cut(master: torch.Tensor, region: TensorRegion, kind: NoiseKind) -> Cut:
     rows, columns = master.shape
     block = GAUSSIAN_BLOCK if kind == "gaussian" else RADEMACHER_BLOCK
     tile = GAUSSIAN_TILE if kind == "gaussian" else RADEMACHER_TILE
-    aligned = region.start % block == 0 and region.row_stride % block == 0
+    aligned = _rows_begin_blocks(region, block)
     tiles = triton.cdiv(columns if aligned else columns + block - 1, tile)
     return Cut(rows * tiles, tiles, tile, aligned)
+
+
+def _rows_begin_blocks(region: TensorRegion, block: int) -> bool:
+    """Whether all rows of a slice begin where blocks of words begin."""
+    return region.start % block == 0 and region.row_stride % block == 0
 
 
 @cache
@@ -224,9 +277,64 @@ def _update(
     value = _load(master, row * columns + column, inside) * decay + total
     if master.dtype.element_ty == tl.uint16:
         rounding = _halfwords(step, name_word, ROUNDING, index, TILE)
-        bits = _round_stochastically(value, rounding)
-        tl.store(master + row * columns + column, bits.to(tl.uint16), mask=inside)
-        value = (bits << 16).to(tl.float32, bitcast=True)
+        value = _store_stochastic(master, row * columns + column, value, rounding, inside)
+    else:
+        tl.store(master + row * columns + column, value, mask=inside)
+    _store_nearest(live, row * live_stride + column, value, inside)
+
+
+@triton.jit(
+    do_not_specialize=["count", "tiles", "rows", "start", "row_stride", "name_word", "step"],
+)
+def _low_rank_update(
+    master: tl.tensor,
+    live: tl.tensor,
+    left: tl.tensor,
+    right: tl.tensor,
+    coefficients: tl.tensor,
+    count: tl.int32,
+    tiles: tl.int32,
+    rows: tl.int64,
+    columns: tl.int64,
+    live_stride: tl.int64,
+    start: tl.int64,
+    row_stride: tl.int64,
+    name_word: tl.uint32,
+    step: tl.uint64,
+    scale: tl.float32,
+    decay: tl.float32,
+    RANK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    within_row = (program % tiles).to(tl.int64) * COLUMNS
+    row_index = start + row * row_stride
+    # [1, COLUMNS], or [ROWS, COLUMNS] where each row begins elsewhere in a block
+    column = within_row + tl.arange(0, COLUMNS)[None, :]
+    if not ALIGNED:
+        column = column - row_index % HALFWORDS_PER_BLOCK
+    of_right = (column >= 0) & (column < columns)
+    of_left = row < rows
+    inside = of_left & of_right
+    old = _load(master, row * columns + column, inside)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(count):
+        z = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in tl.static_range(RANK):
+            u = tl.load(left + (i * rows + row) * RANK + k, mask=of_left, other=0)
+            v = tl.load(right + (i * RANK + k) * columns + column, mask=of_right, other=0)
+            z = z + u * v
+        total = total + tl.load(coefficients + i) * (z * scale)
+    value = old * decay + total
+    if master.dtype.element_ty == tl.uint16:
+        first_block = (row_index + within_row) // HALFWORDS_PER_BLOCK
+        block = first_block + tl.arange(0, COLUMNS // HALFWORDS_PER_BLOCK)[None, :]
+        rounding = _block_halfwords(step, name_word, ROUNDING, block, ROWS * COLUMNS)
+        rounding = tl.reshape(rounding, [ROWS, COLUMNS])
+        value = _store_stochastic(master, row * columns + column, value, rounding, inside)
     else:
         tl.store(master + row * columns + column, value, mask=inside)
     _store_nearest(live, row * live_stride + column, value, inside)
@@ -312,8 +420,20 @@ def _halfwords(
     TILE: tl.constexpr,
 ) -> tl.tensor:
     """16 bits, as uint32 [TILE], for each element from a global index on."""
-    BLOCKS: tl.constexpr = TILE // HALFWORDS_PER_BLOCK
-    words = _words(seed, name_word, stream, index // HALFWORDS_PER_BLOCK, BLOCKS)
+    block = index // HALFWORDS_PER_BLOCK + tl.arange(0, TILE // HALFWORDS_PER_BLOCK)
+    return _block_halfwords(seed, name_word, stream, block, TILE)
+
+
+@triton.jit
+def _block_halfwords(
+    seed: tl.tensor,
+    name_word: tl.tensor,
+    stream: tl.constexpr,
+    block: tl.tensor,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """The halfwords, as uint32 [TILE], of blocks, of any shape, in their row-major order."""
+    words = _words(seed, name_word, stream, block, TILE // 2)
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [TILE])
 
 
@@ -326,8 +446,8 @@ def _bits(
     TILE: tl.constexpr,
 ) -> tl.tensor:
     """One bit, as uint32 [TILE], for each element from a global index on."""
-    BLOCKS: tl.constexpr = TILE // BITS_PER_BLOCK
-    words = _words(seed, name_word, stream, index // BITS_PER_BLOCK, BLOCKS)
+    block = index // BITS_PER_BLOCK + tl.arange(0, TILE // BITS_PER_BLOCK)
+    words = _words(seed, name_word, stream, block, TILE // 32)
     shift = tl.arange(0, 32).to(tl.uint32)
     return tl.reshape((words[:, None] >> shift[None, :]) & 1, [TILE])
 
@@ -337,17 +457,16 @@ def _words(
     seed: tl.tensor,
     name_word: tl.tensor,
     stream: tl.constexpr,
-    first_block: tl.tensor,
-    BLOCKS: tl.constexpr,
+    block: tl.tensor,
+    COUNT: tl.constexpr,
 ) -> tl.tensor:
-    """The words, uint32 [4 * BLOCKS], of consecutive Philox4x32-10 blocks."""
-    block = first_block + tl.arange(0, BLOCKS)
+    """The words, uint32 [COUNT], of Philox4x32-10 blocks, of any shape, in row-major order."""
     low = block.to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
     name = tl.zeros_like(low) + name_word.to(tl.uint32)
     word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, name, tl.zeros_like(low) + stream)
     # join makes a new last dimension: words come out in the order 0, 1, 2, 3 of each block
-    return tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [4 * BLOCKS])
+    return tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [COUNT])
 
 
 @triton.jit
@@ -374,8 +493,12 @@ def _store_nearest(
 
 
 @triton.jit
-def _round_stochastically(values: tl.tensor, rounding: tl.tensor) -> tl.tensor:
-    """bfloat16 patterns, as uint32: one of the two around a value, by chance in proportion."""
+def _store_stochastic(
+    stored: tl.tensor, offsets: tl.tensor, values: tl.tensor, rounding: tl.tensor, inside: tl.tensor
+) -> tl.tensor:
+    """Store one of the two bfloat16 around a value, by chance in proportion, and return it."""
     bits = values.to(tl.uint32, bitcast=True)
     is_finite = (bits & EXPONENT_BITS) != EXPONENT_BITS
-    return (bits + tl.where(is_finite, rounding, 0)) >> 16
+    rounded = (bits + tl.where(is_finite, rounding, 0)) >> 16
+    tl.store(stored + offsets, rounded.to(tl.uint16), mask=inside)
+    return (rounded << 16).to(tl.float32, bitcast=True)

@@ -22,6 +22,9 @@ FUSED: dict[str, dict[str, str | int]] = {
 # What a checkpoint's names may lack, against those of the whole causal language model.
 OMITTED_PREFIXES = ("", "model.", "model.decoder.")
 TIED_HEAD = "lm_head.weight"
+# SGLang's adapters put a layer of their own around a linear layer, which then has this name; what
+# it holds is listed under either.
+WRAPPED = ".base_layer."
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,12 @@ class TensorNames:
         """`parameter_names` are the engine's, as `named_parameters` gives them."""
         self.places: dict[str, Place] = {}
         for parameter in parameter_names:
-            module = _module(parameter)
+            module, plain = _module(parameter), parameter.replace(WRAPPED, ".")
             if module not in FUSED:
-                self.places[parameter] = Place(parameter)
+                self.places[plain] = Place(parameter)
                 continue
             for member in FUSED[module]:
-                name = parameter.replace(f".{module}.", f".{member}.")
-                self.places[name] = Place(parameter, member)
+                self.places[plain.replace(f".{module}.", f".{member}.")] = Place(parameter, member)
 
     def canonical(self, checkpoint_name: str) -> str | None:
         """The canonical name of a checkpoint's tensor; None where the engine has no place for it.
@@ -105,9 +107,20 @@ def shards(model: nn.Module, rank: int) -> dict[str, Shard]:
     modules = dict(model.named_modules())
     found = {}
     for name, place in TensorNames(shapes).places.items():
-        module = modules[place.parameter.rpartition(".")[0]]
+        holder = modules[place.parameter.rpartition(".")[0]]
+        module = getattr(holder, "base_layer", holder)
         found[name] = _shard(place, module, shapes[place.parameter], rank)
     return found
+
+
+def linear_shard(place: Place, module: Any, rank: int) -> Shard:
+    """The part of a linear layer's weight that a rank holds, however the weight is stored.
+
+    Asks the layer for its sizes: quantisation packs or turns the parameter itself.
+    """
+    outputs = getattr(module, "output_size_per_partition", module.output_size)
+    inputs = getattr(module, "input_size_per_partition", module.input_size)
+    return _shard(place, module, (outputs, inputs), rank)
 
 
 def _shard(place: Place, module: Any, shape: tuple[int, ...], rank: int) -> Shard:
@@ -156,4 +169,5 @@ def _columns(shape: tuple[int, ...]) -> int:
 
 def _module(parameter: str) -> str:
     """The last module of a parameter's path: qkv_proj of model.layers.0.qkv_proj.weight."""
+    parameter = parameter.replace(WRAPPED, ".")
     return parameter.rpartition(".")[0].rpartition(".")[2]

@@ -1,0 +1,143 @@
+"""The recipe's space: what the engine must make room for, and the space built upon it.
+
+Owns the choice between the spaces and everything about it that can be refused before a model is
+loaded. Knows nothing of how a space works.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.adapters import AdapterPlan, bytes_per_slot
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import Config, ConfigError
+from orchestrator.dense import DenseSpace
+from orchestrator.engine import Engine
+from orchestrator.export import ADAPTER_WEIGHTS, AdapterSettings, read_adapter
+from orchestrator.lora import LoraSpace
+from orchestrator.low_rank import LowRankSpace
+from orchestrator.parameters import canonical_tensors
+from orchestrator.space import Space
+
+ALL_LINEAR = "all-linear"
+
+
+class SpacePlan:
+    """A space that is yet to be built."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
+        """Raises ConfigError, before anything is loaded, for what cannot be."""
+        self._config = config
+        self._checkpoint = checkpoint
+        self._initial: dict[str, torch.Tensor] | None = None
+        self.initial_hash = ""
+        """Distinguishes runs that start from different adapters; empty for none."""
+        self.adapters: AdapterPlan | None = None
+        """What the engine is to make room for."""
+        if config.space.kind != "dense":
+            self.adapters = self._plan_adapters()
+            self._check_memory(self.adapters)
+
+    @property
+    def rows_per_sequence(self) -> int:
+        """How often a sequence stands in a batch."""
+        return self._config.space.probes_per_group if self.adapters else 1
+
+    def _plan_adapters(self) -> AdapterPlan:
+        space = self._config.space
+        if space.kind == "low_rank":
+            modules = tuple(sorted(self._checkpoint.linear_modules()))
+            return AdapterPlan(space.slots, space.rank, 1 / math.sqrt(space.rank), modules)
+        modules = self._targets()
+        self._settings = AdapterSettings(space.rank, space.alpha, modules)
+        if space.init is not None:
+            self._read_initial(Path(space.init))
+        # One slot more: the trained adapter itself.
+        return AdapterPlan(space.slots + 1, space.rank, space.alpha / space.rank, modules)
+
+    def _targets(self) -> tuple[str, ...]:
+        known = self._checkpoint.linear_modules()
+        targets = self._config.space.targets
+        if targets == ALL_LINEAR:
+            return tuple(sorted(known))
+        for name in targets:
+            if name not in known:
+                raise ConfigError(
+                    f"space.targets: {name}: the model has no such linear module in its layers; "
+                    f"there are: {', '.join(sorted(known))}"
+                )
+        return tuple(sorted(set(targets)))
+
+    def _read_initial(self, folder: Path) -> None:
+        settings, self._initial = read_adapter(folder)
+        for key, ours, theirs in (
+            ("rank", self._settings.rank, settings.rank),
+            ("alpha", self._settings.alpha, settings.alpha),
+            ("targets", list(self._settings.modules), list(settings.modules)),
+        ):
+            if ours != theirs:
+                raise ConfigError(
+                    f"space.init: {folder}: has {key} {theirs}; space.{key} is {ours}: set it to "
+                    "the adapter's"
+                )
+        with (folder / ADAPTER_WEIGHTS).open("rb") as file:
+            self.initial_hash = "+" + hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _check_memory(self, plan: AdapterPlan) -> None:
+        """Refuse more slots than there is memory for, and say how many fit."""
+        model = self._config.model
+        modules = self._checkpoint.linear_modules()
+        shapes = [shape for name in plan.modules for shape in modules[name]]
+        itemsize = getattr(torch, model.dtype).itemsize
+        each = bytes_per_slot(shapes, plan.rank, itemsize)
+        weights = itemsize * sum(
+            math.prod(self._checkpoint.shape(name)) for name in self._checkpoint.names
+        )
+        fit = max(0, _free_bytes(model.device) - weights) // each
+        if plan.num_slots > fit:
+            raise ConfigError(
+                f"space.slots: {self._config.space.slots} slots of {each / 2**20:.1f} MiB do not "
+                f"fit beside the model; {max(0, fit - 1) // 2 * 2} do"
+            )
+
+    def build(self, engine: Engine) -> Space:
+        """The space, over an engine that was made with `adapters`."""
+        config, rank = self._config, engine.world.rank
+        space, estimator = config.space, config.estimator
+        if space.kind == "lora":
+            assert engine.slots is not None
+            return LoraSpace(
+                engine.slots,
+                self._settings,
+                noise_kind=estimator.noise,
+                seed=config.run.seed,
+                initial=self._initial,
+            )
+        tensors = canonical_tensors(engine.model, self._checkpoint, rank)
+        choices: dict[str, Any] = {"master_dtype": getattr(torch, space.master)}
+        if space.kind == "dense":
+            return DenseSpace(tensors, noise=estimator.noise, **choices)
+        assert engine.slots is not None
+        return LowRankSpace(
+            tensors,
+            engine.slots,
+            noise_kind=estimator.noise,
+            rank=space.rank,
+            run_seed=config.run.seed,
+            refresh=space.refresh,
+            train_others=space.others == "dense",
+            **choices,
+        )
+
+
+def _free_bytes(device: str) -> int:
+    """Memory that is free where the model will be."""
+    if device != "cpu" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 2**62
