@@ -110,12 +110,17 @@ class DenseSpace:
         return self._digest(lambda tensor: tensor.live)
 
     def _digest(self, value: Callable[[TrainedTensor], torch.Tensor]) -> str:
-        parts = [
-            self._sweeps.digest(value(tensor), tensor.region) if tensor.shard.counted else 0
-            for tensor in self.tensors
+        own = [self._sweeps.digest(value(tensor), tensor.region) for tensor in self.tensors]
+        counted = [
+            checksum if tensor.shard.counted else 0
+            for checksum, tensor in zip(own, self.tensors, strict=True)
         ]
         total = hashlib.blake2b(digest_size=16)
-        for tensor, checksum in zip(self.tensors, sum_over_ranks(parts), strict=True):
+        for tensor, mine, checksum in zip(self.tensors, own, sum_over_ranks(counted), strict=True):
+            if tensor.shard.is_whole and mine != checksum:
+                raise RuntimeError(
+                    f"this rank's copy of {tensor.region.name} differs from rank 0's"
+                )
             total.update(f"{tensor.region.name} {checksum:016x}\n".encode())
         return total.hexdigest()
 
