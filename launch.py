@@ -4,7 +4,7 @@
   python launch.py train configs/demo.yaml run.steps=100      ... with a key of the recipe changed
   python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
   python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
-  python launch.py export runs/demo-20260101-120000 tuned     a folder that transformers loads
+  python launch.py export runs/demo-20260101-120000 tuned     a folder that others load
   ray job submit --working-dir . -- python launch.py train configs/demo.yaml run.dir=/shared/run
 
 A recipe is a YAML file with the sections model, space, estimator, task, fleet and run;
@@ -104,9 +104,9 @@ def _parse() -> argparse.Namespace:
     evaluate.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
     export = commands.add_parser(
         "export",
-        help="write the trained model as a Hugging Face folder",
-        description="Replay a run's ledger and write the model that it leads to, as a folder that "
-        "transformers and SGLang load.",
+        help="write the trained model or adapter",
+        description="Replay a run's ledger and write what it leads to: a Hugging Face folder that "
+        "transformers and SGLang load, or for space.kind=lora an adapter that PEFT and SGLang load.",
     )
     export.add_argument("source", metavar="RUN_DIR")
     export.add_argument("folder", metavar="OUT_DIR", type=Path)

@@ -5,6 +5,7 @@
 Medians of seven runs over one tensor of 64 Mi elements, beside torch's plain copy of it.
 """
 
+import math
 import statistics
 import sys
 import time
@@ -32,7 +33,29 @@ def measure(name: str, sweep: Callable[[], object]) -> None:
         started = time.perf_counter()
         sweep()
         seconds.append(time.perf_counter() - started)
-    print(f"{name:44s} {SIZE / statistics.median(seconds) / 1e6:8.0f} million elements/s")
+    print(f"{name:52s} {SIZE / statistics.median(seconds) / 1e6:8.0f} million elements/s")
+
+
+def measure_low_rank(num_seeds: int, rank: int) -> None:
+    rows = columns = math.isqrt(SIZE)
+    master = torch.randn(rows, columns)
+    live = torch.empty_like(master)
+    left, right = torch.randn(num_seeds, rows, rank), torch.randn(num_seeds, rank, columns)
+
+    def update() -> None:
+        sweeps_numba.low_rank_update(
+            master,
+            live,
+            TensorRegion("model.layers.0.mlp.up_proj.weight", 0, columns),
+            left=left,
+            right=right,
+            coefficients=[1e-9] * num_seeds,
+            decay=1.0,
+            step=0,
+        )
+
+    seeds = f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"
+    measure(f"low_rank_update, {seeds}, rank {rank}, float32 -> float32", update)
 
 
 def measure_dtypes(master_dtype: torch.dtype, live_dtype: torch.dtype) -> None:
@@ -73,3 +96,5 @@ if __name__ == "__main__":
     print(f"{NUM_THREADS} threads, torch {torch.__version__}, numba {numba.__version__}")
     measure_dtypes(torch.float32, torch.float32)
     measure_dtypes(torch.float32, torch.bfloat16)
+    measure_low_rank(num_seeds=1, rank=4)
+    measure_low_rank(num_seeds=8, rank=4)

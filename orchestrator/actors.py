@@ -173,8 +173,10 @@ class ActorFleet:
         )
 
     def export(self, folder: Path) -> None:
-        seat = self._seats[0]
-        _result(seat, seat.actor.export.remote(self._missing(seat), folder))
+        self._gather(
+            lambda seat: seat.actor.export.remote(self._missing(seat), folder),
+            lambda: "to replay the ledger and write the model",
+        )
 
     def _missing(self, seat: _Seat) -> list[StepUpdate]:
         missing = self._updates[seat.num_applied :]

@@ -54,6 +54,13 @@ def check_model(path: str) -> None:
         )
 
 
+def check_adapter(path: str) -> None:
+    """Refuse, before anything starts, a path that holds no PEFT adapter."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(path) / name).is_file():
+            raise ConfigError(f"space.init: {path}: no PEFT adapter: it holds no {name}")
+
+
 def dequantized_folder(gguf: Path) -> Path:
     """Where the cache keeps, or will keep, the de-quantised form of a GGUF file."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

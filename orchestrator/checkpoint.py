@@ -7,6 +7,7 @@ knows nothing of engines or of what the tensors are for.
 import hashlib
 import pickle
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,13 @@ def _open(path: Path) -> tuple[Any, list[str]]:
         if path.suffix == ".safetensors":
             reader: Any = safe_open(path, framework="pt")
             return reader, list(reader.keys())
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return tensors, list(tensors)
+        # Files of before torch 1.6 are no archives, and cannot be mapped into memory.
+        tensors = torch.load(
+            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
+        )
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), "it ends too early")
         raise ConfigError(f"model.path: {path}: not a readable weight file: {reason}") from None
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ConfigError(f"model.path: {path}: not a weight file: holds other than named tensors")
+    return tensors, list(tensors)

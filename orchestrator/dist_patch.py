@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 SGLANG_VERSION = "0.5.17"
 # The modules of OPT that SGLang's LoRA code does not know by name.
 OPT_MODULES = frozenset({"fc1", "fc2"})
+_MARK = "_orchestrator_patch"
 _LORA_MODULES_THAT_PIN = ("backend.torch_backend", "layers", "lora", "mem_pool")
 
 
@@ -144,15 +145,11 @@ def ignore_pinned_memory() -> str:
         return ""
     for name in _LORA_MODULES_THAT_PIN:
         module: Any = importlib.import_module(f"sglang.srt.lora.{name}")
+        if not hasattr(module, "torch"):
+            _refuse(f"{module.__name__} does not import torch")
         if not isinstance(module.torch, _Unpinned):
             module.torch = _Unpinned(torch)
-    if not hasattr(torch.Tensor.pin_memory, "__wrapped__"):
-
-        @functools.wraps(torch.Tensor.pin_memory)
-        def leave_in_place(tensor: Any, *_: Any) -> Any:
-            return tensor
-
-        torch.Tensor.pin_memory = leave_in_place
+    _replace(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
     return "ignore_pinned_memory"
 
 
@@ -160,16 +157,25 @@ def name_opt_modules_to_lora() -> str:
     """Let adapters act on all of OPT's linear modules, at any tp_size.
 
     Symptom: "all-linear" leaves fc1 and fc2 out; with tp_size 2, fc2's adapter has the wrong shape.
-    Cause: LoRA's tables of known and of row-parallel modules do not name them.
+    Cause: LoRA's tables of known and of row-parallel modules do not name them. Only models that
+    list them in `supported_lora_modules` get them: others have modules of these names, and cannot
+    answer for their sizes.
     Seen in 0.5.17. Can go when a model can say these things of its modules itself.
     """
     utils: Any = importlib.import_module("sglang.srt.lora.utils")
-    for table in ("_KNOWN_LORA_TARGET_MODULES", "ROW_PARALLELISM_LINEAR_LORA_NAMES"):
-        if "out_proj" not in getattr(utils, table, ()):
-            _refuse(f"{utils.__name__}.{table} does not name out_proj")
-    utils._KNOWN_LORA_TARGET_MODULES |= OPT_MODULES
+    if "out_proj" not in getattr(utils, "ROW_PARALLELISM_LINEAR_LORA_NAMES", ()):
+        _refuse(f"{utils.__name__}.ROW_PARALLELISM_LINEAR_LORA_NAMES does not name out_proj")
     if "fc2" not in utils.ROW_PARALLELISM_LINEAR_LORA_NAMES:
         utils.ROW_PARALLELISM_LINEAR_LORA_NAMES.append("fc2")  # others hold this very list
+    name = "auto_detect_lora_target_modules"
+    original = _target(utils, name, "model")
+
+    def detect(model: Any) -> set[str]:
+        found: set[str] = original(model)
+        return found | (OPT_MODULES & set(getattr(model, "supported_lora_modules", ())))
+
+    for module in (utils, importlib.import_module("sglang.srt.lora.lora_manager")):
+        _replace(module, name, detect)
     return "name_opt_modules_to_lora"
 
 
@@ -252,7 +258,8 @@ def _target(module: ModuleType, name: str, *parameters: str) -> Callable[..., An
     function: Callable[..., Any] | None = getattr(module, name, None)
     if function is None:
         _refuse(f"{module.__name__}.{name} is not there")
-    function = inspect.unwrap(function)
+    if hasattr(function, _MARK):
+        function = inspect.unwrap(function)
     for parameter in parameters:
         if parameter not in inspect.signature(function).parameters:
             _refuse(f"{module.__name__}.{name} has no parameter {parameter}")
@@ -263,9 +270,10 @@ def _refuse(problem: str) -> NoReturn:
     raise RuntimeError(f"{problem}: dist_patch is for sglang {SGLANG_VERSION}")
 
 
-def _replace(module: ModuleType, name: str, replacement: Callable[..., Any]) -> None:
-    """Put a replacement in place, unless one is there already."""
-    original = getattr(module, name)
-    if not hasattr(original, "__wrapped__"):
+def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Put a replacement in place, unless one of ours is there already."""
+    original = getattr(owner, name)
+    if not hasattr(original, _MARK):
         functools.update_wrapper(replacement, original)
-        setattr(module, name, replacement)
+        setattr(replacement, _MARK, True)
+        setattr(owner, name, replacement)

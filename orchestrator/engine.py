@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import nn
 
 from orchestrator.adapters import AdapterPlan, AdapterSlots
+from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.runner import ALONE, Runner, World
 
@@ -139,6 +141,7 @@ class Engine:
         on_cpu = device == "cpu"
         self.device = device
         self.world = world
+        self._is_closed = False
         arguments = ServerArgs(
             model_path=model_path,
             dtype=dtype,
@@ -162,9 +165,9 @@ class Engine:
         model_config = ModelConfig.from_server_args(arguments)
         if not allow_fallback:
             _require_native(model_config)
-        self._runner = Runner(arguments, model_config, world)
-        if on_cpu:  # SGLang sets the number to that of the machine's cores
-            torch.set_num_threads(threads)
+        if load_format == "auto" and Path(model_path).is_dir():
+            Checkpoint(Path(model_path))  # refuses damaged files by name, which SGLang does not
+        self._runner = Runner(arguments, model_config, world, threads)
         runner = self._runner.model_runner
         self.slots: AdapterSlots | None = None
         if adapters is not None:
@@ -259,8 +262,11 @@ class Engine:
         """Continue each prompt by its most likely tokens, one after the other.
 
         A continuation ends before the first of `stop_tokens` in it. Nothing is reused from the KV
-        pool, and nothing stays. Raises ConfigError for what does not fit the KV pool.
+        pool, and nothing stays. Raises ValueError for an empty prompt, ConfigError for what does
+        not fit the KV pool.
         """
+        if not all(prompts):
+            raise ValueError("a prompt has no tokens")
         continuations: list[list[int]] = []
         for batch in self._split([len(prompt) + max_new_tokens for prompt in prompts]):
             chosen = [prompts[index] for index in batch]
@@ -410,6 +416,9 @@ class Engine:
 
     def close(self) -> None:
         """Give the model's and the pools' memory back. The engine is of no use afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         del self._head, self._cache, self._allocator, self._requests
         self._runner.close()
 

@@ -7,6 +7,7 @@ too. Knows nothing of how the weights came to be.
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from orchestrator.assets import check_adapter
 from orchestrator.config import ConfigError
 
 # What a model's folder holds beside its weights.
@@ -38,21 +41,25 @@ def write_model(base: Path, folder: Path, weights: Iterable[tuple[str, torch.Ten
     """Write a model like that in `base`, with these weights: canonical names, whole tensors.
 
     All weights are of one dtype, which becomes the model's. The folder appears when it is whole.
+    Without weights, as on all but the first of several ranks, nothing is written.
     """
     tensors = dict(weights)
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for pattern in COMPANIONS:
-        for file in base.glob(pattern):
-            if not file.name.endswith(WEIGHT_INDEX):
-                shutil.copyfile(file, unfinished / file.name)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)  # the older name of the same key
-    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_torch_state_dict(tensors, unfinished)
-    unfinished.rename(folder)
+    if not tensors:
+        return
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
+        unfinished.mkdir()
+        for pattern in COMPANIONS:
+            for file in base.glob(pattern):
+                if not file.name.endswith(WEIGHT_INDEX):
+                    shutil.copyfile(file, unfinished / file.name)
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)  # the older name of the same key
+        config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        text = json.dumps(config, indent=2) + "\n"
+        (unfinished / "config.json").write_text(text, encoding="utf-8")
+        save_torch_state_dict(tensors, unfinished)
+        unfinished.rename(folder)
 
 
 def write_adapter(
@@ -60,18 +67,20 @@ def write_adapter(
 ) -> None:
     """Write a LoRA adapter of the model in `base`: canonical names, whole factors."""
     tensors = {PEFT_PREFIX + name: value.contiguous() for name, value in factors}
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number will do
-        target_modules=list(settings.modules),
-        base_model_name_or_path=str(base),
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    ).save_pretrained(str(unfinished))
-    save_file(tensors, unfinished / ADAPTER_WEIGHTS, {"format": "pt"})
-    unfinished.rename(folder)
+    if not tensors:
+        return
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number will do
+            target_modules=list(settings.modules),
+            base_model_name_or_path=str(base),
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+        ).save_pretrained(str(unfinished))
+        save_file(tensors, unfinished / ADAPTER_WEIGHTS, {"format": "pt"})
+        unfinished.rename(folder)
 
 
 def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, torch.Tensor]]:
@@ -79,12 +88,13 @@ def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, torch.Tensor]
 
     Raises ConfigError for what is no plain LoRA adapter.
     """
+    check_adapter(str(folder))
     try:
         config = PeftConfig.from_pretrained(str(folder))
         stored = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"space.init: {folder}: no PEFT adapter: {reason}") from None
+        raise ConfigError(f"space.init: {folder}: not a readable adapter: {reason}") from None
     if not isinstance(config, LoraConfig) or config.use_dora or config.bias != "none":
         raise ConfigError(f"space.init: {folder}: not a plain LoRA adapter (no DoRA, no biases)")
     factors = {name.removeprefix(PEFT_PREFIX): value for name, value in stored.items()}

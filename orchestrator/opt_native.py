@@ -216,7 +216,7 @@ class OPTForCausalLM(nn.Module):
 
     # Quantisation methods ask which of a checkpoint's modules one module here is made of.
     packed_modules_mapping = {"qkv_proj": list(FUSED["qkv_proj"])}
-    # LoRA's "all-linear" asks which modules adapters may act on.
+    # LoRA's "all-linear" asks which modules adapters may act on beside those that it knows.
     supported_lora_modules = ["qkv_proj", "out_proj", "fc1", "fc2"]
 
     def __init__(
@@ -300,11 +300,14 @@ class OPTForCausalLM(nn.Module):
     def get_hidden_dim(self, module_name: str, layer_idx: int) -> tuple[int, int]:
         """Inputs and outputs of a module that an adapter may act on, over all ranks."""
         hidden, inner = self.config.hidden_size, self.config.ffn_dim
+        words, width = self.config.vocab_size, self.config.word_embed_proj_dim
         return {
             "qkv_proj": (hidden, 3 * hidden),
             "out_proj": (hidden, hidden),
             "fc1": (hidden, inner),
             "fc2": (inner, hidden),
+            "embed_tokens": (words, width),
+            "lm_head": (width, words),
         }[module_name]
 
 

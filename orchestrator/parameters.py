@@ -44,8 +44,8 @@ def canonical_tensors(
     where a live value is not the checkpoint's.
     """
     parameters = {name: value.data for name, value in model.named_parameters()}
-    places = shards(model, rank)
-    sources = _sources(TensorNames(parameters), checkpoint.names)
+    places = shards(model, rank, checkpoint.names)
+    sources = _sources(TensorNames(parameters, checkpoint.names), checkpoint.names)
     for name in places:
         if name not in sources:
             raise ConfigError(f"model.path: the checkpoint lacks {name}")

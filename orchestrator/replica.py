@@ -30,7 +30,7 @@ class Replica:
     def __init__(self, config: Config, device: str) -> None:
         """Load everything. `device` is "cpu" or "cuda". Raises ConfigError for what is missing."""
         self._folder = folder = checkpoint.locate(config.model.path)
-        weights = checkpoint.Checkpoint(folder)  # refuses damaged files, before the engine starts
+        weights = checkpoint.Checkpoint(folder)
         plan = SpacePlan(config, weights)
         threads = config.fleet.threads_per_replica
         self.engine = Engine(
@@ -103,7 +103,8 @@ class Replica:
         self.space.export(self._folder, folder)
 
     def close(self) -> None:
-        """Give the engine's memory back."""
+        """Give the engine's and the space's memory back."""
+        del self.space  # it holds views of the model's parameters
         self.engine.close()
 
     def _catch_up(self, updates: Sequence[StepUpdate]) -> None:

@@ -7,7 +7,8 @@ sequences. `dist_patch.apply()` must have run before this module is imported.
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,7 +30,8 @@ class World:
     """A process's place among those that hold one model together, by tensor parallelism.
 
     `rendezvous` is a URL that all ranks know, as torch.distributed takes it; on one host a file
-    in a fresh folder ("file:///...") cannot collide with another run's, as ports do.
+    in a fresh folder ("file:///...") cannot collide with another run's, as ports do. With GPUs,
+    each rank's process must see one alone, by CUDA_VISIBLE_DEVICES.
     """
 
     rank: int = 0
@@ -50,28 +52,41 @@ class Runner:
     _current: "Runner | None" = None
 
     def __init__(
-        self, arguments: ServerArgs, model_config: ModelConfig, world: World = ALONE
+        self,
+        arguments: ServerArgs,
+        model_config: ModelConfig,
+        world: World = ALONE,
+        threads: int = 1,
     ) -> None:
-        """Load the model. Raises RuntimeError in a process that belongs to another world."""
+        """Load the model; on a CPU it runs with so many threads.
+
+        Raises RuntimeError in a process that belongs to another world.
+        """
         self._arguments = arguments
+        self._threads = threads
         self._overrides: list[tuple[str, dict[str, Any]]] = []
         Runner._leave()
-        _announce(world, arguments.device)
-        self.model_runner = ModelRunner(
-            model_config=model_config,
-            mem_fraction_static=arguments.mem_fraction_static,
-            gpu_id=0,
-            ps=_parallel_state(world),
-            nccl_port=UNUSED_PORT,
-            server_args=arguments,
-        )
-        self.model_runner.alloc_memory_pool()
-        self.model_runner.init_attention_backends()
-        self.model_runner.init_cuda_graphs()
+        default_dtype = torch.get_default_dtype()
+        try:
+            with _announced(world, arguments.device):
+                self.model_runner = ModelRunner(
+                    model_config=model_config,
+                    mem_fraction_static=arguments.mem_fraction_static,
+                    gpu_id=0,
+                    ps=_parallel_state(world),
+                    nccl_port=UNUSED_PORT,
+                    server_args=arguments,
+                )
+                self.model_runner.alloc_memory_pool()
+                self.model_runner.init_attention_backends()
+                self.model_runner.init_cuda_graphs()
+        finally:
+            torch.set_default_dtype(default_dtype)  # SGLang leaves its own where loading fails
+        self._set_threads()
         Runner._current = self
 
     def activate(self) -> None:
-        """Make this runner's arguments the process's, with what SGLang has changed in them since.
+        """Make this runner's settings the process's, with what SGLang has changed in them since.
 
         The last runner that was built or used has overwritten them.
         """
@@ -81,7 +96,12 @@ class Runner:
         context = publish(self._arguments, role="scheduler")
         for source, fields in self._overrides:
             context.override(source, **fields)
+        self._set_threads()
         Runner._current = self
+
+    def _set_threads(self) -> None:
+        if self._arguments.device == "cpu":  # SGLang takes all of the machine's cores
+            torch.set_num_threads(self._threads)
 
     def forward(self, batch: Any) -> Any:
         """The model's output for a ForwardBatch."""
@@ -125,16 +145,32 @@ def gather_from_ranks(item: Item) -> list[Item] | None:
     return items
 
 
-def _announce(world: World, device: str) -> None:
-    """Tell SGLang, which reads both from the environment, where ranks meet and run."""
-    if world.size == 1:
-        return
-    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = world.rendezvous
-    if device == "cpu":  # as many groups of cores as there are ranks, or it refuses to start
-        cores = sorted(os.sched_getaffinity(0))
-        groups = [cores[rank :: world.size] or cores[:1] for rank in range(world.size)]
-        binding = "|".join(",".join(map(str, group)) for group in groups)
-        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding)
+@contextmanager
+def _announced(world: World, device: str) -> Iterator[None]:
+    """Within, SGLang reads in the environment where ranks meet, and on which cores they run."""
+    variables = {}
+    if world.size > 1:
+        if device == "cuda" and torch.cuda.device_count() > 1:
+            raise RuntimeError(
+                f"rank {world.rank} of {world.size} sees {torch.cuda.device_count()} GPUs; show "
+                "each rank's process one, by CUDA_VISIBLE_DEVICES"
+            )
+        variables["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = world.rendezvous
+        if device == "cpu":  # as many groups of cores as there are ranks, or it refuses to start
+            cores = sorted(os.sched_getaffinity(0))
+            groups = [cores[rank :: world.size] or cores[:1] for rank in range(world.size)]
+            binding = "|".join(",".join(map(str, group)) for group in groups)
+            variables["SGLANG_CPU_OMP_THREADS_BIND"] = binding
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _parallel_state(world: World) -> ParallelState:

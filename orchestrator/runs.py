@@ -82,7 +82,7 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
         if load(path, [override]).identity() != recorded.identity():
             raise ConfigError(
                 f"{override}: the run in {folder} has steps that depend on this key; what may "
-                "change is model.path, model.device, task.train, task.test, fleet.kind, "
+                "change is model.path, model.device, space.init, task.train, task.test, fleet.kind, "
                 "fleet.num_replicas, run.eval_every, run.eval_examples and run.check_every"
             )
     run = _checked(load(path, overrides), folder)
@@ -93,8 +93,11 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
 
 def _checked(config: Config, folder: Path) -> Run:
     """The run, with paths that mean the same in every replica's process."""
-    model, task = config.model, config.task
+    model, task, space = config.model, config.task, config.space
     assets.check_model(model.path)
+    if space.init is not None:
+        assets.check_adapter(space.init)
+        space = space.model_copy(update={"init": assets.absolute(space.init)})
     sources = {
         name: source.model_copy(update={"path": assets.absolute(source.path)})
         for name, source in (("train", task.train), ("test", task.test))
@@ -104,6 +107,7 @@ def _checked(config: Config, folder: Path) -> Run:
     config = config.model_copy(
         update={
             "model": model.model_copy(update={"path": assets.absolute(model.path)}),
+            "space": space,
             "task": task.model_copy(update=sources),
             "run": config.run.model_copy(update={"dir": str(folder)}),
         }
@@ -188,7 +192,7 @@ def evaluate(run: Run, out: Path, *, trained: bool) -> None:
 
 
 def export(run: Run, folder: Path) -> None:
-    """Write the model that the run's ledger leads to as a Hugging Face folder.
+    """Write what the run's ledger leads to: a Hugging Face folder, or an adapter in PEFT's form.
 
     One replica replays the ledger and writes; on a cluster the folder lies on its node, or better
     on storage that the nodes share.
@@ -206,7 +210,7 @@ def export(run: Run, folder: Path) -> None:
     with _started_fleet(run, log, display.say) as (fleet, info):
         num_steps = _replay(run, info, fleet)
         fleet.export(folder)
-    display.say(f"the model after {num_steps} steps: {folder}")
+    display.say(f"what {num_steps} steps have trained: {folder}")
 
 
 # -------------------------------------------------------------------- parts

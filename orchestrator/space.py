@@ -90,15 +90,16 @@ def restore(tensors: Iterable[TrainedTensor]) -> None:
 
 def digest(tensors: Sequence[TrainedTensor], value: Callable[[TrainedTensor], torch.Tensor]) -> str:
     """Checksum (128 bits, hex) of the tensors' masters or live values, over all ranks."""
-    if not tensors:
-        return hashlib.blake2b(digest_size=16).hexdigest()
     sweeps = sweeps_for(tensors[0].live.device)
-    parts = [
-        sweeps.digest(value(tensor), tensor.region) if tensor.shard.counted else 0
-        for tensor in tensors
+    own = [sweeps.digest(value(tensor), tensor.region) for tensor in tensors]
+    counted = [
+        checksum if tensor.shard.counted else 0
+        for checksum, tensor in zip(own, tensors, strict=True)
     ]
     total = hashlib.blake2b(digest_size=16)
-    for tensor, checksum in zip(tensors, sum_over_ranks(parts), strict=True):
+    for tensor, mine, checksum in zip(tensors, own, sum_over_ranks(counted), strict=True):
+        if tensor.shard.is_whole and mine != checksum:
+            raise RuntimeError(f"this rank's copy of {tensor.region.name} differs from rank 0's")
         total.update(f"{tensor.region.name} {checksum:016x}\n".encode())
     return total.hexdigest()
 

@@ -103,13 +103,11 @@ def check_factors(
     """Raises ValueError unless left and right are factors of noise for this master."""
     seeds, (rows, columns) = len(coefficients), master.shape
     rank = left.shape[-1] if left.ndim else 0
+    factors = f"factors of shapes {tuple(left.shape)} and {tuple(right.shape)}"
     fit = left.shape == (seeds, rows, rank) and right.shape == (seeds, rank, columns)
     if rank == 0 or not fit:
-        raise ValueError(
-            f"left {tuple(left.shape)} and right {tuple(right.shape)} are not the factors of "
-            f"{seeds} seeds' noise for a master {tuple(master.shape)}"
-        )
-    for name, factor in (("left", left), ("right", right)):
-        shape, wanted = tuple(factor.shape), (torch.float32, master.device)
+        raise ValueError(f"{factors} do not fit a master {tuple(master.shape)} and {seeds} seeds")
+    for factor in (left, right):
+        wanted = (torch.float32, master.device)
         if (factor.dtype, factor.device) != wanted or not factor.is_contiguous():
-            raise ValueError(f"{name} {shape} must be contiguous float32 on {master.device}")
+            raise ValueError(f"{factors} must both be contiguous float32 on {master.device}")

@@ -1,4 +1,4 @@
-"""Sweeps over slices of parameters on a CPU, compiled by numba: perturb, update, low_rank_update, digest.
+"""Sweeps over slices of parameters on a CPU, compiled by numba: perturb, update, digest.
 
 Owns the fast form of noise version 1 for torch tensors in host memory. A sweep reads and writes
 each element once; noise exists only in tiles that stay in the first-level cache. The results are
@@ -332,7 +332,12 @@ def _block(frame: Frame, block: int) -> tuple[int, int, int, int]:
     blocks_per_row = (frame.columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     row = block // blocks_per_row * BLOCK_ROWS
     column = block % blocks_per_row * BLOCK_COLUMNS
-    return row, min(BLOCK_ROWS, frame.rows - row), column, min(BLOCK_COLUMNS, frame.columns - column)
+    return (
+        row,
+        min(BLOCK_ROWS, frame.rows - row),
+        column,
+        min(BLOCK_COLUMNS, frame.columns - column),
+    )
 
 
 @compiled
@@ -392,7 +397,8 @@ def _draw_rounding(
     """The rounding bits of a piece of the master: a view into `words`, arbitrary for float32."""
     if master.itemsize == 4:
         return words.view(np.uint16)[: len(master)]
-    return _draw_halfwords(words, name_word, ROUNDING, key, index, len(master))
+    bits: NDArray[np.uint16] = _draw_halfwords(words, name_word, ROUNDING, key, index, len(master))
+    return bits
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Sweeps over slices of parameters on a CUDA device, in Triton: perturb, update, low_rank_update and digest.
+"""Sweeps over slices of parameters on a CUDA device, in Triton: perturb, update and digest.
 
 Owns the device form of noise version 1. A sweep is one launch that reads and writes each element
 once; noise exists only in registers. The results are the bits that noise.py specifies. Launches
@@ -33,9 +33,10 @@ from orchestrator.sweeps import check_counts, check_factors, check_layout, requi
 GAUSSIAN_TILE = 1024
 RADEMACHER_TILE = 4096
 DIGEST_TILE = 1024
-# Tiles of low-rank noise span rows too: right factors are read once for all of them.
-LOW_RANK_ROWS = 16
-LOW_RANK_COLUMNS = 256
+# Tiles of low-rank noise span rows too: a right factor is read once for all of them. More rows
+# would take registers from the programs that hide the memory's latency.
+LOW_RANK_ROWS = 4
+LOW_RANK_COLUMNS = 512
 MAGNITUDE_COUNT = 1024
 
 HALFWORDS_PER_BLOCK = tl.constexpr(GAUSSIAN_BLOCK)
@@ -150,16 +151,17 @@ def low_rank_update(
     rows, columns = master.shape
     # only rounding bits come in blocks, and a float32 master draws none
     aligned = master.dtype is torch.float32 or _rows_begin_blocks(region, GAUSSIAN_BLOCK)
+    tiles_down = triton.cdiv(rows, LOW_RANK_ROWS)
     tiles = triton.cdiv(columns if aligned else columns + GAUSSIAN_BLOCK - 1, LOW_RANK_COLUMNS)
     with torch.cuda.device_of(master):
-        _low_rank_update[(triton.cdiv(rows, LOW_RANK_ROWS) * tiles,)](
+        _low_rank_update[(tiles_down * tiles,)](
             _patterns(master),
             _patterns(live),
             left,
             right,
             torch.tensor(coefficients, dtype=torch.float32).to(master.device, non_blocking=True),
             len(coefficients),
-            tiles,
+            tiles_down,
             rows,
             columns,
             live.stride(0),
@@ -284,7 +286,7 @@ def _update(
 
 
 @triton.jit(
-    do_not_specialize=["count", "tiles", "rows", "start", "row_stride", "name_word", "step"],
+    do_not_specialize=["count", "tiles_down", "rows", "start", "row_stride", "name_word", "step"],
 )
 def _low_rank_update(
     master: tl.tensor,
@@ -293,7 +295,7 @@ def _low_rank_update(
     right: tl.tensor,
     coefficients: tl.tensor,
     count: tl.int32,
-    tiles: tl.int32,
+    tiles_down: tl.int32,
     rows: tl.int64,
     columns: tl.int64,
     live_stride: tl.int64,
@@ -308,9 +310,10 @@ def _low_rank_update(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
+    # Neighbours lie below each other: they share right factors, which then stay in the cache.
     program = tl.program_id(0)
-    row = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    within_row = (program % tiles).to(tl.int64) * COLUMNS
+    row = (program % tiles_down).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    within_row = (program // tiles_down).to(tl.int64) * COLUMNS
     row_index = start + row * row_stride
     # [1, COLUMNS], or [ROWS, COLUMNS] where each row begins elsewhere in a block
     column = within_row + tl.arange(0, COLUMNS)[None, :]
@@ -318,8 +321,6 @@ def _low_rank_update(
         column = column - row_index % HALFWORDS_PER_BLOCK
     of_right = (column >= 0) & (column < columns)
     of_left = row < rows
-    inside = of_left & of_right
-    old = _load(master, row * columns + column, inside)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(count):
         z = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -328,7 +329,8 @@ def _low_rank_update(
             v = tl.load(right + (i * RANK + k) * columns + column, mask=of_right, other=0)
             z = z + u * v
         total = total + tl.load(coefficients + i) * (z * scale)
-    value = old * decay + total
+    inside = of_left & of_right
+    value = _load(master, row * columns + column, inside) * decay + total
     if master.dtype.element_ty == tl.uint16:
         first_block = (row_index + within_row) // HALFWORDS_PER_BLOCK
         block = first_block + tl.arange(0, COLUMNS // HALFWORDS_PER_BLOCK)[None, :]

@@ -45,12 +45,18 @@ class Place:
 class TensorNames:
     """Canonical names (those of Hugging Face's causal language model) and their places."""
 
-    def __init__(self, parameter_names: Iterable[str]) -> None:
-        """`parameter_names` are the engine's, as `named_parameters` gives them."""
+    def __init__(
+        self, parameter_names: Iterable[str], checkpoint_names: Iterable[str] = ()
+    ) -> None:
+        """`parameter_names` are the engine's, as `named_parameters` gives them.
+
+        What a checkpoint has fused itself, as Phi-3's do, is its own canonical tensor.
+        """
+        already_fused = {prefix + name for name in checkpoint_names for prefix in OMITTED_PREFIXES}
         self.places: dict[str, Place] = {}
         for parameter in parameter_names:
             module, plain = _module(parameter), parameter.replace(WRAPPED, ".")
-            if module not in FUSED:
+            if module not in FUSED or plain in already_fused:
                 self.places[plain] = Place(parameter)
                 continue
             for member in FUSED[module]:
@@ -93,12 +99,17 @@ class Shard:
     """False for a copy of what another rank answers for."""
 
     @property
+    def is_whole(self) -> bool:
+        """Whether this process holds all of the tensor."""
+        return self.num_rows * self.num_columns == math.prod(self.full_shape)
+
+    @property
     def full_columns(self) -> int:
         """Columns of the whole tensor."""
         return _columns(self.full_shape)
 
 
-def shards(model: nn.Module, rank: int) -> dict[str, Shard]:
+def shards(model: nn.Module, rank: int, checkpoint_names: Iterable[str] = ()) -> dict[str, Shard]:
     """Every canonical tensor of an unquantised model, by name, as a tensor-parallel rank holds it.
 
     Follows how SGLang's linear layers and vocabulary embeddings split their parameters.
@@ -106,7 +117,7 @@ def shards(model: nn.Module, rank: int) -> dict[str, Shard]:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     modules = dict(model.named_modules())
     found = {}
-    for name, place in TensorNames(shapes).places.items():
+    for name, place in TensorNames(shapes, checkpoint_names).places.items():
         holder = modules[place.parameter.rpartition(".")[0]]
         module = getattr(holder, "base_layer", holder)
         found[name] = _shard(place, module, shapes[place.parameter], rank)

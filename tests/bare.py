@@ -53,7 +53,7 @@ def adapter_runner(
         lora_backend="torch_native" if DEVICE == "cpu" else "triton",
         max_lora_rank=4,
         max_loras_per_batch=len(adapters) + 1,
-        lora_target_modules=list(modules),
+        lora_target_modules=set(modules),
     )
     runner = Runner(arguments, ModelConfig.from_server_args(arguments), world)
     for adapter in adapters:

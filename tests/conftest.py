@@ -25,6 +25,8 @@ from transformers import (  # noqa: E402
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -75,6 +77,8 @@ MAKERS: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": make_opt,
     **{name: partial(make_opt, **choices) for name, choices in OPT_VARIANTS.items()},
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED, tie_word_embeddings=False)),
+    # its checkpoints hold qkv_proj and gate_up_proj themselves
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**GATED, tie_word_embeddings=False)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GATED, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GATED, head_dim=16, tie_word_embeddings=True)),
 }

@@ -53,13 +53,30 @@ def observe(family: str, models: Path, exported: Path, world: World) -> dict[str
         space.apply(UPDATE)
         seen[f"{master} digests"] += [space.digest(), space.live_digest()]
         weights = dict(space.weights())
-        if world.rank == 0:
-            seen[f"{master} weights"] = weights
-            write_model(folder, exported / f"{family}-{master}", weights.items())
+        seen[f"{master} weights"] = weights
+        exported.mkdir(exist_ok=True)
+        write_model(folder, exported / f"{family}-{master}", weights.items())
         for tensor in tensors:  # as the next space expects it
             tensor.live.copy_(tensor.initial)
     engine.close()
     return seen
+
+
+def copies_differ(models: Path, world: World) -> str:
+    """What a rank says whose copy of a tensor that all ranks hold has changed."""
+    folder = models / "opt"
+    engine = Engine(
+        str(folder), dtype="float32", device=DEVICE, kv_tokens=64, threads=1, world=world
+    )
+    tensors = canonical_tensors(engine.model, Checkpoint(folder), world.rank)
+    space = DenseSpace(tensors, noise="gaussian", master_dtype=torch.float32)
+    norm = next(tensor for tensor in space.tensors if "layer_norm" in tensor.region.name)
+    norm.master[0, 0] += world.rank
+    try:
+        space.digest()
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def observe_adapter(models: Path, adapter: Path, world: World) -> torch.Tensor:
@@ -86,10 +103,12 @@ def main() -> None:
         if rank == 0:
             torch.save(seen, folder / f"{family}.pt")
     logits = observe_adapter(folder / "models", folder / ADAPTER, world)
+    complaints = gather_from_ranks(copies_differ(folder / "models", world))
     symptoms = gather_from_ranks(nccl_symptom(world) if DEVICE == "cpu" else "")
     if rank == 0:
         assert logits.shape == (len(SEQUENCES), len(VOCABULARY))
-        torch.save({"logits": logits, "symptoms": symptoms}, folder / f"{ADAPTER}.pt")
+        others = {"symptoms": symptoms, "complaints": complaints}
+        torch.save({"logits": logits, **others}, folder / f"{ADAPTER}.pt")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """The lora and low_rank spaces against PEFT and explicit weights, on transformers."""
 
+import json
+import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bare import adapter_runner, last_logits
 from conftest import DEVICE
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from orchestrator import noise
 from orchestrator.checkpoint import Checkpoint
@@ -22,6 +26,7 @@ from orchestrator.records import Probe, StepUpdate
 from orchestrator.space import Space
 from orchestrator.spaces import SpacePlan
 
+Make = Callable[..., tuple[Engine, Space]]
 FAMILIES = ["opt", "llama", "qwen3"]
 EPS = 0.05
 SEQUENCES = [[3, 4, 5, 6, 7], [8, 9, 10], [3, 4, 5, 6, 8], [11, 12, 13, 14, 15, 16]]
@@ -29,9 +34,7 @@ SPANS = [(4, 5), (1, 3), (4, 5), (2, 6)]
 
 
 @pytest.fixture
-def make(
-    recipe: dict[str, Any], model_folders: dict[str, Path]
-) -> Iterator[Callable[..., tuple[Engine, Space]]]:
+def make(recipe: dict[str, Any], model_folders: dict[str, Path]) -> Iterator[Make]:
     """An engine and a space over it, as a replica makes them; closed at the end."""
     engines = []
 
@@ -69,6 +72,19 @@ def sums(engine: Engine, adapters: list[str | None]) -> list[list[float]]:
     return [
         [span.sum for span in scores[start : start + size]] for start in range(0, len(scores), size)
     ]
+
+
+def counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by one with each forward of the engine."""
+    forwards: list[Any] = []
+    forward = engine._runner.forward
+
+    def noted(batch: Any) -> Any:
+        forwards.append(batch)
+        return forward(batch)
+
+    monkeypatch.setattr(engine._runner, "forward", noted)
+    return forwards
 
 
 @torch.no_grad()
@@ -112,16 +128,14 @@ def peft_model(folder: Path, space: LoraSpace, seed: int, scale: float) -> PeftM
 def test_all_probes_in_one_forward_equal_peft(
     family: str,
     targets: Any,
-    make: Callable[..., tuple[Engine, Space]],
+    make: Make,
     model_folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine, space = make(family, kind="lora", rank=4, alpha=8, targets=targets, slots=6)
     assert isinstance(space, LoraSpace)
     space.apply(StepUpdate(0, seeds=(5,), coefficients=(0.1,), decay=1.0))  # B is no longer zero
-    forwards = []
-    forward = engine._runner.forward
-    monkeypatch.setattr(engine._runner, "forward", lambda b: forwards.append(b) or forward(b))
+    forwards = counted(engine, monkeypatch)
     with closing(space.placed(probes(3))) as groups:
         for group in groups:
             assert len(group) == 6
@@ -141,10 +155,10 @@ def test_all_probes_in_one_forward_equal_peft(
 def low_rank_z(seed: int, name: str, shape: tuple[int, int], rank: int) -> torch.Tensor:
     left = z(seed, f"{name}.u", (shape[0], rank))
     right = z(seed, f"{name}.v", (rank, shape[1]))
-    return left @ right / rank**0.5
+    return left @ right / math.sqrt(rank)
 
 
-def matrices(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+def matrices(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Weights of the linear modules inside the layers."""
     return {
         name: value
@@ -155,7 +169,7 @@ def matrices(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_low_rank_probes_equal_explicit_weights(
-    family: str, make: Callable[..., tuple[Engine, Space]], model_folders: dict[str, Path]
+    family: str, make: Make, model_folders: dict[str, Path]
 ) -> None:
     engine, space = make(family, kind="low_rank", rank=2, slots=4)
     assert isinstance(space, LowRankSpace)
@@ -179,3 +193,187 @@ def test_low_rank_probes_equal_explicit_weights(
     assert sizes == [4, 2]
     assert space.live_digest() == before
     assert sums(engine, [space.adapter]) == [pytest.approx(reference_sums(base), abs=1e-4)]
+
+
+def test_low_rank_updates_are_the_explicit_sum(make: Make, model_folders: dict[str, Path]) -> None:
+    """The same bits as the specification, and the live weights follow."""
+    _, space = make("llama", kind="low_rank", rank=3)
+    assert isinstance(space, LowRankSpace)
+    checkpoint = Checkpoint(model_folders["llama"])
+    space.apply(StepUpdate(0, seeds=(5, 6), coefficients=(0.5, -0.25), decay=0.875))
+    for tensor in space.tensors:
+        name = tensor.region.name
+        initial = checkpoint.read(name).numpy()
+        total = np.zeros_like(initial)
+        for seed, coefficient in ((5, 0.5), (6, -0.25)):
+            left = z(seed, f"{name}.u", (initial.shape[0], 3)).numpy()
+            right = z(seed, f"{name}.v", (3, initial.shape[1])).numpy()
+            total = total + np.float32(coefficient) * noise.low_rank(left, right)
+        expected = initial * np.float32(0.875) + total
+        assert np.array_equal(tensor.master.cpu().numpy().reshape(expected.shape), expected)
+        assert torch.equal(tensor.live, tensor.master)
+
+
+def test_right_factors_are_kept_for_refresh_steps(make: Make) -> None:
+    _, space = make("llama", kind="low_rank", rank=2, refresh=3, slots=2)
+    assert isinstance(space, LowRankSpace)
+    matrix = space._matrices[0]
+    drawn = []
+    for step in range(6):
+        with closing(space.placed(probes(1, step))) as groups:
+            next(groups)
+            drawn.append([slots[0].clone() for slots in (matrix.left_slots, matrix.right_slots)])
+            assert torch.equal(matrix.left_slots[1], -matrix.left_slots[0])  # the pair's factors
+            assert torch.equal(matrix.right_slots[1], matrix.right_slots[0])
+    rights = [right for _, right in drawn]
+    assert torch.equal(rights[0], rights[2]) and torch.equal(rights[3], rights[5])
+    assert not torch.equal(rights[2], rights[3])
+
+
+def test_probes_that_do_not_fit_one_forward_take_few_of_equal_shape(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch holds the same sequences under all adapters, so both signs see the same shapes."""
+    engine, space = make("opt", kind="lora", rank=2, slots=8, targets=["v_proj"])
+    sequences = [[3, 4, 5, 6, token, 7] for token in range(8, 17)] * 4
+    sequences = [[*tokens, index % 17, 5] for index, tokens in enumerate(sequences)]
+    spans = [(7, 8)] * len(sequences)
+    forwards = counted(engine, monkeypatch)
+    with closing(space.placed(probes(4))) as groups:
+        (group,) = groups
+        adapters = [placed.adapter for placed in group]
+        together = engine.score(sequences, spans, adapters=adapters).spans
+        assert 1 < len(forwards) <= 6
+        for batch in forwards:
+            lengths = batch.extend_seq_lens.tolist()
+            size = len(lengths) // 8
+            assert all(lengths[i * size : (i + 1) * size] == lengths[:size] for i in range(8))
+        alone = engine.score(sequences[:1], spans[:1], adapters=adapters[3:4]).spans
+    assert together[3 * len(sequences)].sum == pytest.approx(alone[0].sum, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_slots_leave_no_entries_and_no_memory_behind(make: Make) -> None:
+    engine, space = make("llama", kind="lora", rank=2, slots=4, targets="all-linear")
+    assert isinstance(space, LoraSpace)
+    manager = engine._runner.model_runner.lora_manager
+    free = engine.free_slots()
+    held = [id(buffer) for layers in manager.memory_pool.A_buffer.values() for buffer in layers]
+    for step in range(300):
+        with closing(space.placed(probes(4, step))) as groups:
+            for group in groups:
+                sums(engine, [placed.adapter for placed in group])
+        space.apply(StepUpdate(step, seeds=(step,), coefficients=(1e-4,), decay=1.0))
+        assert engine.free_slots() == free
+    assert engine._cache.total_size() == 0
+    assert len(manager.loras) == 5
+    buffers = [id(buffer) for layers in manager.memory_pool.A_buffer.values() for buffer in layers]
+    assert buffers == held
+
+
+def test_base_weights_stay_untouched(make: Make) -> None:
+    engine, space = make("qwen3", kind="lora", rank=2, targets="all-linear")
+    before = {name: value.clone() for name, value in engine.model.named_parameters()}
+    with closing(space.placed(probes(6))) as groups:
+        for group in groups:
+            sums(engine, [placed.adapter for placed in group])
+    space.apply(StepUpdate(0, seeds=(1,), coefficients=(0.5,), decay=0.5))
+    for name, value in engine.model.named_parameters():
+        assert torch.equal(value, before[name]), name
+
+
+def test_first_values_are_peft_s(make: Make) -> None:
+    """B zero; A evenly spread within 1 / sqrt(inputs), as kaiming_uniform_(a=sqrt(5)) is."""
+    engine, space = make("llama", kind="lora", rank=8, targets="all-linear")
+    assert isinstance(space, LoraSpace)
+    assert sums(engine, [space.adapter]) == sums(engine, [None])
+    for tensor in space.tensors:
+        values = tensor.master
+        if tensor.region.name.endswith("lora_B.weight"):
+            assert not values.any()
+            continue
+        reference = torch.empty(8, tensor.shard.full_columns)
+        torch.nn.init.kaiming_uniform_(reference, a=math.sqrt(5))
+        assert values.abs().max() <= 1 / math.sqrt(tensor.shard.full_columns)
+        assert float(values.std()) == pytest.approx(float(reference.std()), rel=0.1)
+        assert abs(float(values.mean())) < 0.1 * float(values.std())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_adapter_scores_the_same_in_peft_and_in_sglang(
+    family: str, targets: Any, make: Make, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    engine, space = make(family, kind="lora", rank=4, alpha=8, targets=targets)
+    assert isinstance(space, LoraSpace)
+    space.apply(StepUpdate(0, seeds=(5, 6), coefficients=(0.1, 0.05), decay=1.0))
+    expected = sums(engine, [space.adapter])[0]
+    space.export(model_folders[family], tmp_path / "tuned")
+    base = AutoModelForCausalLM.from_pretrained(model_folders[family], dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "tuned"))
+    assert reference_sums(loaded) == pytest.approx(expected, abs=1e-4)
+    modules = json.loads((tmp_path / "tuned" / "adapter_config.json").read_text())["target_modules"]
+    runner = adapter_runner(model_folders[family], [tmp_path / "tuned"], modules)
+    for tokens in SEQUENCES:  # the logits behind each sequence, as SGLang's own loader gives them
+        logits = last_logits(runner, [tokens], ["tuned"])[0]
+        with torch.no_grad():
+            reference = loaded(torch.tensor([tokens])).logits[0, -1]
+        torch.testing.assert_close(logits, reference, atol=1e-4, rtol=0)
+    runner.close()
+
+    again_engine, again = make(
+        family, kind="lora", rank=4, alpha=8, targets=targets, init=str(tmp_path / "tuned")
+    )
+    assert again.digest() == space.digest()
+    assert sums(again_engine, [again.adapter])[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_exported_low_rank_model_scores_the_same(
+    make: Make, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    engine, space = make("opt", kind="low_rank", rank=2)
+    space.apply(StepUpdate(0, seeds=(5, 6), coefficients=(0.01, 0.02), decay=1.0))
+    space.export(model_folders["opt"], tmp_path / "tuned")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
+    assert reference_sums(loaded) == pytest.approx(sums(engine, [None])[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            {"targets": ["q_proj", "w_proj"]},
+            r"space\.targets: w_proj: .* there are: down_proj, gate",
+        ),
+        ({"slots": 10**8}, r"space\.slots: 100000000 slots of .* MiB do not fit .*; \d+ do"),
+        ({"init": "nowhere"}, r"space\.init: nowhere: no PEFT adapter"),
+        ({"rank": 2, "init": "ADAPTER"}, r"space\.init: .*: has rank 4; space\.rank is 2"),
+        ({"rank": 4, "alpha": 2, "init": "ADAPTER"}, r"has alpha 8; space\.alpha is 2"),
+        (
+            {"rank": 4, "alpha": 8, "init": "ADAPTER"},
+            r"has targets \['q_proj'\]; space\.targets is",
+        ),
+        (
+            {"rank": 4, "alpha": 8, "init": "ADAPTER", "targets": ["q_proj"]},
+            r"space\.init: .*q_proj\.lora_.*: shape .* in the adapter, .* in the model",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    space: dict[str, Any], message: str, make: Make, tmp_path: Path
+) -> None:
+    if space.get("init") == "ADAPTER":  # of a base model of another width
+        base = OPTForCausalLM(OPTConfig(hidden_size=32, num_attention_heads=4, vocab_size=17))
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
+        renamed = {
+            name.replace("base_model.model.model.decoder.", "base_model.model.model."): value
+            for name, value in get_peft_model_state_dict(get_peft_model(base, config)).items()
+            if ".layers.0." in name or ".layers.1." in name
+        }
+        config.save_pretrained(str(tmp_path / "adapter"))
+        save_file(renamed, tmp_path / "adapter" / "adapter_model.safetensors")
+        space = {**space, "init": str(tmp_path / "adapter")}
+    with pytest.raises(ConfigError, match=message) as caught:
+        make("llama", kind="lora", **space)
+    assert "\n" not in str(caught.value)

@@ -88,3 +88,33 @@ def test_a_gguf_file_becomes_a_folder_once(tmp_path: Path, monkeypatch: pytest.M
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert checkpoint.locate(DEMO_MODEL) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+
+
+def test_files_of_before_torch_1_6_are_read(tmp_path: Path) -> None:
+    value = torch.arange(6.0).view(2, 3)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": value}, file, _use_new_zipfile_serialization=False)
+    assert torch.equal(Checkpoint(tmp_path).read("a"), value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not a readable weight file"),
+        (b"no such thing", "not a readable weight file"),
+        ([torch.ones(2)], "holds other than named tensors"),
+        ({"a": "text"}, "holds other than named tensors"),
+    ],
+)
+def test_what_is_no_weight_file_is_told_by_name(
+    content: object, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(ConfigError, match=words) as caught:
+        Checkpoint(tmp_path)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)

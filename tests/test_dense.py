@@ -18,7 +18,7 @@ from orchestrator.parameters import canonical_tensors
 from orchestrator.records import StepUpdate
 
 Engines = Callable[[str], Engine]
-FAMILIES = ["opt", "llama", "qwen2", "qwen3"]
+FAMILIES = ["opt", "llama", "qwen2", "qwen3", "phi3"]
 
 
 def space(engine: Engine, folder: Path, **choices: Any) -> DenseSpace:

@@ -1,16 +1,19 @@
 """Each patch: the symptom without it, and its absence with it."""
 
+import functools
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import DEVICE
 from sglang.srt.distributed import bootstrap
+from sglang.srt.lora import layers as lora_layers
 from sglang.srt.lora import utils as lora_utils
 from sglang.srt.model_executor import model_runner
 
@@ -23,6 +26,13 @@ Engines = Callable[[str], Engine]
 
 # A process with none of the patches but those that let it start on this machine; it prints what
 # it sees, one line a symptom.
+WITHOUT_CPU_ENGINE = """
+import sys
+from orchestrator import dist_patch
+dist_patch.stand_in_for_sgl_kernel()
+from orchestrator.engine import Engine
+Engine(sys.argv[1], dtype="float32", device="cpu", kv_tokens=64)
+"""
 UNPATCHED = """
 import sys
 from orchestrator import dist_patch
@@ -42,7 +52,12 @@ def tell(label, call):
         print(label, type(error).__name__, str(error).splitlines()[0], flush=True)
 
 def build():
-    Engine(model, dtype="float32", device=device, kv_tokens=64)
+    global engine
+    engine = Engine(model, dtype="float32", device=device, kv_tokens=64)
+
+def pin():
+    from sglang.srt.lora.layers import get_lora_layer
+    get_lora_layer(engine.model.model.layers[0].self_attn.qkv_proj, None)
 
 def join(rank, size):
     url = f"tcp://127.0.0.1:{port}"
@@ -53,9 +68,8 @@ def join(rank, size):
 tell("lora", lambda: sorted(dist_patch.OPT_MODULES - utils._KNOWN_LORA_TARGET_MODULES))
 tell("rows", lambda: [n for n in ("fc2",) if n not in utils.ROW_PARALLELISM_LINEAR_LORA_NAMES])
 tell("port", lambda: join(0, 1))
-import orchestrator.runner
-orchestrator.runner.UNUSED_PORT = int(port) + 1
 tell("first", build)
+tell("pin", pin)
 tell("rank", lambda: join(1, 2))
 tell("second", build)
 """
@@ -63,6 +77,8 @@ PATCHED = """
 import sys
 from orchestrator import dist_patch
 print(*dist_patch.apply(sys.argv[2]))
+from orchestrator import runner
+runner.UNUSED_PORT = int(sys.argv[3])  # taken, but then no port is used at all
 from orchestrator.engine import Engine
 for _ in range(2):
     engine = Engine(sys.argv[1], dtype="float32", device=sys.argv[2], kv_tokens=64)
@@ -126,18 +142,32 @@ def test_the_symptoms_are_there_without_the_patches(model_folders: dict[str, Pat
     assert told["rows"] == "['fc2']"
     assert "EADDRINUSE" in told["port"]
     assert told["first"] == "passes"
+    if WITHOUT_DRIVER:
+        assert "RuntimeError" in told["pin"]
     assert told["rank"] == "passes"  # as another rank than it is
     assert "tensor model parallel group is already initialized" in told["second"]
 
 
 @pytest.mark.slow
 def test_with_the_patches_a_second_runner_starts(model_folders: dict[str, Path]) -> None:
-    done = python(PATCHED, str(model_folders["llama"]), DEVICE)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = python(PATCHED, str(model_folders["llama"]), DEVICE, str(port))
     names, answer = done.stdout.splitlines()[-2:]
     assert (names.split()[-3:], answer) == (
         ["reuse_world", "reuse_process_groups", "replace_expert_locations"],
         "2",
     ), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WITHOUT_DRIVER, reason="this machine has a CUDA driver")
+def test_without_the_cpu_engine_rotary_embeddings_want_vllm(
+    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
+    done = python(WITHOUT_CPU_ENGINE, str(model_folders["llama"]))
+    assert "vllm" in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_without_the_variable_process_groups_are_stock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,11 +188,24 @@ def test_absent_kernels_say_so_when_called() -> None:
 @pytest.mark.skipif(not WITHOUT_DRIVER, reason="this machine has a CUDA driver")
 def test_memory_cannot_be_pinned_without_a_device() -> None:
     values = torch.ones(3)
-    with pytest.raises(RuntimeError):  # the symptoms
-        torch.Tensor.pin_memory.__wrapped__(values)  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError):
-        torch.tensor([1], pin_memory=True)
     assert values.pin_memory() is values
+    assert lora_layers.torch.tensor([1], pin_memory=True).tolist() == [1]
+    with pytest.raises(RuntimeError):  # where SGLang asks by itself whether it can
+        torch.tensor([1], pin_memory=True)
+
+
+def test_a_target_that_sglang_decorates_is_replaced_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stock = bootstrap.initialize_model_parallel.__wrapped__
+
+    @functools.wraps(stock)
+    def decorated(tensor_model_parallel_size: int) -> None:
+        raise AssertionError("stock")
+
+    monkeypatch.setattr(bootstrap, "initialize_model_parallel", decorated)
+    dist_patch.reuse_process_groups()
+    assert bootstrap.initialize_model_parallel is not decorated
 
 
 def test_expert_locations_are_replaced(engines: Engines) -> None:
@@ -191,6 +234,13 @@ def test_another_rank_is_refused(engines: Engines) -> None:
         bootstrap.init_distributed_environment(world_size=2, rank=1, backend="gloo")
 
 
-def test_opt_s_modules_are_known_to_lora() -> None:
-    assert dist_patch.OPT_MODULES <= lora_utils._KNOWN_LORA_TARGET_MODULES
+def test_other_models_do_not_get_opt_s_modules(engines: Engines) -> None:
+    """They may have modules of these names, for whose sizes they cannot answer."""
+    model: Any = engines("llama").model
+    opt: Any = engines("opt").model
+    model.fc1 = opt.model.layers[0].fc1
+    try:
+        assert not dist_patch.OPT_MODULES & lora_utils.auto_detect_lora_target_modules(model)
+    finally:
+        del model.fc1
     assert lora_utils.ROW_PARALLELISM_LINEAR_LORA_NAMES.count("fc2") == 1

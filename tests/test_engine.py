@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import DEVICE, VOCABULARY, renamed
 from sglang.srt.mem_cache import allocation
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from transformers import AutoModelForCausalLM
@@ -121,6 +121,43 @@ def test_ten_thousand_scorings_leave_the_pool_as_it_was(engines: Engines) -> Non
         engine.score(sequences, spans, draw.choice([None, f"state {round % 7}"]))
         assert engine.free_slots() == before
     assert engine._cache.protected_size() == 0
+
+
+def test_generation_ends_before_a_stop_token_and_gives_all_slots_back(engines: Engines) -> None:
+    engine = engines("opt")
+    free = engine.free_slots()
+    prompts = [[3, 4, 5], [6, 7, 8, 9], [10]]
+    whole = engine.generate(prompts, 12)
+    assert [len(tokens) for tokens in whole] == [12] * 3
+    stop = whole[0][5]
+    assert engine.generate(prompts, 12, [stop]) == [
+        tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in whole
+    ]
+    assert engine.free_slots() == free
+
+
+def test_more_sequences_than_request_slots_are_split(engines: Engines) -> None:
+    engine = engines("opt")
+    sequences = [[token, other] for token in range(17) for other in range(17)]
+    distinct = [[first, second, 5] for first, second in sequences]
+    scores = engine.score(distinct, [(2, 3)] * len(distinct)).spans
+    alone = engine.score(distinct[200:201], [(2, 3)]).spans
+    assert scores[200].sum == pytest.approx(alone[0].sum, abs=1e-5)
+
+
+def test_prompts_that_cannot_be_continued_are_refused(engines: Engines) -> None:
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        engines("opt").generate([[]], 3)
+    with pytest.raises(ConfigError, match=r"303 tokens exceeds the 25\d"):
+        engines("opt").generate([[3, 4, 5]], 300)
+
+
+def test_a_damaged_file_is_refused_by_name(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = renamed(model_folders["opt"], tmp_path / "damaged", lambda name: name)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=f"{file}: not a readable weight file"):
+        Engine(str(folder), dtype="float32", device=DEVICE, kv_tokens=64)
 
 
 def test_a_sequence_longer_than_the_pool_is_refused_with_both_numbers(engines: Engines) -> None:

@@ -67,6 +67,11 @@ def test_mistakes_are_told_in_one_line(recipe_path: Path, tmp_path: Path) -> Non
         "model.path=package:numpy/x.gguf": "the package numpy holds no file x.gguf",
         f"model.path={tmp_path}": "holds no config.json",
         "task.train.path=none.jsonl": "task.train.path: none.jsonl: no such file",
+        "space={kind: lora, init: nowhere}": "space.init: nowhere: no PEFT adapter",
+        "space={kind: lora, rank: 0}": "space.rank: 0 is not accepted",
+        "space={kind: lora, slots: 3}": "space.slots: 3 is not accepted",
+        "space={kind: dense, slots: 4}": "space.slots: is of no use to space.kind=dense",
+        "model.quantization=fp8": "space.kind=dense trains the base weights",
         "task.template={film} {option}": "task.template: {film} is not a field of",
         "task.template={sentence} It was": "does not end with {option}",
     }.items():

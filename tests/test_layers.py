@@ -11,9 +11,11 @@ LAYERS = [
     {"assets", "noise", "tensor_map"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch"},
-    {"opt_native", "runner", "parameters", "progress", "sweeps_numba", "sweeps_triton"},
+    {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_triton"},
     {"engine", "sglang_models", "export"},
-    {"dense"},
+    {"space"},
+    {"dense", "lora", "low_rank"},
+    {"spaces"},
     {"replica"},
     {"actors", "local"},
     {"driver"},
@@ -22,7 +24,7 @@ LAYERS = [
 # Packages that only some modules may know.
 OWNERS = {
     "ray": {"actors"},
-    "sglang": {"engine", "runner", "opt_native"},
+    "sglang": {"engine", "runner", "adapters", "opt_native"},
     "triton": {"sweeps_triton"},
     "numba": {"sweeps_numba", "replica"},
     "torch": {
@@ -37,7 +39,7 @@ OWNERS = {
         "sweeps",
         "sweeps_numba",
     }
-    | {"sweeps_triton", "runs", "export"},
+    | {"sweeps_triton", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(

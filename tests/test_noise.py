@@ -61,6 +61,31 @@ def test_rounding_bits_are_what_they_were() -> None:
     ]
 
 
+def test_low_rank_is_what_it_was() -> None:
+    left = noise.draw("gaussian", 7, f"{NAME}.u", 0, 6).reshape(2, 3)
+    right = noise.draw("gaussian", 7, f"{NAME}.v", 0, 6).reshape(3, 2)
+    assert [float(value).hex() for value in noise.low_rank(left, right).ravel()] == [
+        "0x1.6f41aa0000000p-2",
+        "0x1.98b6ca0000000p+0",
+        "0x1.f796b80000000p-3",
+        "-0x1.fd68c60000000p-2",
+    ]
+
+
+def test_low_rank_adds_products_in_the_order_of_the_ranks() -> None:
+    left = np.array([[2.0**24, 1, -(2.0**24)], [2.0**24, -(2.0**24), 1]], np.float32)
+    z = noise.low_rank(left, np.ones((3, 1), np.float32))
+    assert z.tolist() == [[0.0], [float(noise.low_rank_scale(3))]]
+
+
+def test_low_rank_has_unit_variance() -> None:
+    left = noise.draw("gaussian", 7, "a.u", 0, 300 * 16).reshape(300, 16)
+    right = noise.draw("gaussian", 7, "a.v", 0, 16 * 300).reshape(16, 300)
+    mean, variance, _, _ = _moments(noise.low_rank(left, right))
+    assert abs(mean) < 0.01
+    assert abs(variance - 1) < 0.1
+
+
 def test_seeds_are_what_they_were() -> None:
     seeds = [noise.derive_seed(run, step, 1) for run, step in [(0, 0), (2**63 + 1, 2**33)]]
     assert seeds == [9353530010257878950, 4588694232511165019]
@@ -174,6 +199,12 @@ def test_digest_is_what_it_was_and_sees_places_and_bits() -> None:
     assert noise.digest(swapped, region) != DIGEST_GOLDEN
     assert noise.digest(bits, TensorRegion("a", 2**40 + 1, 10)) != DIGEST_GOLDEN
     assert noise.digest(bits ^ np.uint16(1), region) != DIGEST_GOLDEN
+
+
+def test_an_empty_tensor_has_a_digest() -> None:
+    region = TensorRegion("a", 2**40, 10)
+    for shape in ((0, 5), (3, 0)):
+        assert noise.digest(np.zeros(shape, np.uint16), region) == 0
 
 
 def test_digests_of_shards_add_up() -> None:

@@ -270,6 +270,22 @@ def test_adapters_give_peft_s_logits(
     runner.close()
 
 
+def test_sglang_s_all_takes_the_embeddings_too(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = model_folders["opt"]
+    make_adapter(folder, tmp_path / "first", OPT_LINEAR_MODULES, seed=0)
+    runner = adapter_runner(folder, [], ["all"])
+    assert {
+        "embed_tokens",
+        "lm_head",
+        "fc1",
+        "fc2",
+    } <= runner.model_runner.lora_manager.target_modules
+    assert last_logits(runner, [[3, 4, 5]], [None]).isfinite().all()
+    runner.close()
+
+
 def test_all_linear_means_all_of_opt_s_linear_modules(engines: Engines) -> None:
     found = auto_detect_lora_target_modules(engines("opt").model)
     assert found == {"qkv_proj", "out_proj", "fc1", "fc2", "embed_tokens"}

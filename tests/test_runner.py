@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE, VOCABULARY
+from conftest import DEVICE, VOCABULARY, renamed
 from sglang.srt.runtime_context import get_context, get_schedule, get_server_args
 from transformers import OPTConfig, OPTForCausalLM
 
+from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
 from orchestrator.runner import World
 
@@ -49,12 +50,46 @@ def test_a_runner_that_fails_to_start_disturbs_no_other(
     engines: Engines, tmp_path: Path, model_folders: dict[str, Path]
 ) -> None:
     expected = engines("opt").score([[3, 4, 5]], [(1, 3)])
-    (tmp_path / "config.json").write_text((model_folders["opt"] / "config.json").read_text())
-    with pytest.raises(Exception, match="weights"):
-        Engine(str(tmp_path), dtype="float32", device=DEVICE, kv_tokens=64)
+    folder = renamed(model_folders["opt"], tmp_path / "bad", lambda name: name.replace("fc1", "x"))
+    with pytest.raises(ConfigError, match="no place in the model"):
+        Engine(str(folder), dtype="bfloat16", device=DEVICE, kv_tokens=64)
+    assert torch.get_default_dtype() == torch.float32
     assert get_server_args() is not engines("opt")._runner._arguments
     assert engines("opt").score([[3, 4, 5]], [(1, 3)]) == expected
     assert get_server_args() is engines("opt")._runner._arguments
+
+
+def test_a_runner_of_another_world_is_refused_and_disturbs_no_other(
+    engines: Engines, model_folders: dict[str, Path]
+) -> None:
+    engines("opt")
+    before = dict(os.environ)
+    with pytest.raises(RuntimeError, match=r"is rank 0 of 1; a runner that is rank 1 of tp_size 2"):
+        Engine(
+            str(model_folders["opt"]),
+            dtype="float32",
+            device=DEVICE,
+            kv_tokens=64,
+            world=World(1, 2, "file:///tmp/nowhere"),
+        )
+    assert dict(os.environ) == before
+    Engine(str(model_folders["opt"]), dtype="float32", device=DEVICE, kv_tokens=64).close()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads are a CPU's")
+def test_each_runner_keeps_its_number_of_threads(model_folders: dict[str, Path]) -> None:
+    made = {
+        threads: Engine(
+            str(model_folders["opt"]), dtype="float32", device="cpu", kv_tokens=64, threads=threads
+        )
+        for threads in (1, 2)
+    }
+    for threads in (1, 2, 1):
+        made[threads].score([[3, 4, 5]], [(1, 3)])
+        assert torch.get_num_threads() == threads
+    for engine in made.values():
+        engine.close()
+        engine.close()  # once more does no harm
 
 
 def test_runners_may_differ_in_dtype_and_pool(model_folders: dict[str, Path]) -> None:

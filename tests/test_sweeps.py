@@ -54,6 +54,13 @@ SLICES = (
     Slice(1, 300, 2**39 - 100, 0, left_margin=1),  # and here a rademacher block does
 )
 LONG_SLICE = Slice(3, 9001, 2**40 + 77, 10_007, left_margin=2)
+TALL_SLICE = Slice(21, 1500, 2**33 + 8, 1504, right_margin=4)
+EMPTY_SLICES = (
+    Slice(1, 0, 3, 0, left_margin=1),
+    Slice(3, 0, 8, 8, right_margin=2),
+    Slice(0, 5, 8, 8),
+    Slice(0, 0, 0, 0),
+)
 
 
 def _values(shape: Slice, dtype: torch.dtype) -> torch.Tensor:
@@ -82,15 +89,20 @@ def _assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str) -
 
 
 def _noise(kind: NoiseKind, seed: int, shape: Slice) -> NDArray[np.float32]:
-    firsts = [shape.start + row * shape.row_stride for row in range(shape.rows)]
-    return np.stack([noise.draw(kind, seed, NAME, first, shape.columns) for first in firsts])
+    z = np.empty((shape.rows, shape.columns), np.float32)
+    for row in range(shape.rows):
+        first = shape.start + row * shape.row_stride
+        z[row] = noise.draw(kind, seed, NAME, first, shape.columns)
+    return z
 
 
 def _stochastically_rounded(
     values: NDArray[np.float32], step: int, shape: Slice
 ) -> NDArray[np.float32]:
-    firsts = [shape.start + row * shape.row_stride for row in range(shape.rows)]
-    bits = np.stack([noise.rounding_bits(step, NAME, first, shape.columns) for first in firsts])
+    bits = np.empty((shape.rows, shape.columns), np.uint16)
+    for row in range(shape.rows):
+        first = shape.start + row * shape.row_stride
+        bits[row] = noise.rounding_bits(step, NAME, first, shape.columns)
     rounded = (values.view(np.uint32) + bits) & np.uint32(0xFFFF0000)
     return rounded.view(np.float32)
 
@@ -105,9 +117,22 @@ def _perturbed(
 def _updated(
     master: torch.Tensor, shape: Slice, kind: NoiseKind, count: int, decay: float, step: int
 ) -> torch.Tensor:
+    seeds, coefficients = _seeds(count)
+    noises = [_noise(kind, seed, shape) for seed in seeds]
+    return _added(master, shape, noises, coefficients, decay, step)
+
+
+def _added(
+    master: torch.Tensor,
+    shape: Slice,
+    noises: list[NDArray[np.float32]],
+    coefficients: list[float],
+    decay: float,
+    step: int,
+) -> torch.Tensor:
     total = np.zeros((shape.rows, shape.columns), np.float32)
-    for seed, coefficient in zip(*_seeds(count), strict=True):
-        total = total + np.float32(coefficient) * _noise(kind, seed, shape)
+    for coefficient, z in zip(coefficients, noises, strict=True):
+        total = total + np.float32(coefficient) * z
     values = master.float().numpy() * np.float32(decay) + total
     if master.dtype is torch.bfloat16:
         values = _stochastically_rounded(values, step, shape)
@@ -117,6 +142,12 @@ def _updated(
 def _seeds(count: int) -> tuple[list[int], list[float]]:
     seeds = [(SEED + 0x9E3779B97F4A7C15 * i) % 2**64 for i in range(count)]
     return seeds, [0.01 * (-1) ** i * (1 + i) for i in range(count)]
+
+
+def _factors(shape: Slice, count: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    left = torch.randn(count, shape.rows, rank, generator=generator)
+    return left, torch.randn(count, rank, shape.columns, generator=generator)
 
 
 def check_perturb(
@@ -162,6 +193,37 @@ def check_update(
     _assert_same_bits(buffer, expected, f"live of {what}")
 
 
+def check_low_rank_update(
+    sweeps: ModuleType,
+    shape: Slice,
+    stored: torch.dtype,
+    served: torch.dtype,
+    count: int,
+    rank: int,
+) -> None:
+    master = _values(shape, stored)
+    left, right = _factors(shape, count, rank)
+    noises = [noise.low_rank(left[i].numpy(), right[i].numpy()) for i in range(count)]
+    coefficients = _seeds(count)[1]
+    expected_master = _added(master, shape, noises, coefficients, decay=0.999, step=2**33 + 5)
+    buffer = _poisoned_buffer(shape, served)
+    expected = buffer.clone()
+    _view(expected, shape).copy_(expected_master)
+    sweeps.low_rank_update(
+        master,
+        _view(buffer, shape),
+        shape.region,
+        left=left,
+        right=right,
+        coefficients=coefficients,
+        decay=0.999,
+        step=2**33 + 5,
+    )
+    what = f"{shape} {stored} {served} n={count} rank={rank}"
+    _assert_same_bits(master, expected_master, f"master of {what}")
+    _assert_same_bits(buffer, expected, f"live of {what}")
+
+
 def check_digest(sweeps: ModuleType, shape: Slice, dtype: torch.dtype) -> None:
     buffer = _poisoned_buffer(shape, dtype)
     view = _view(buffer, shape)
@@ -186,6 +248,43 @@ def check_shards(sweeps: ModuleType, kind: NoiseKind) -> None:
             sweeps.digest(part, shard.region) for part, shard in zip(lives, shards, strict=True)
         ]
         assert sum(digests) % 2**64 == sweeps.digest(live, whole.region)
+
+
+def check_low_rank_shards(sweeps: ModuleType) -> None:
+    start, columns = 2**33 + 3, 100
+    master = _values(Slice(8, columns, start, columns), torch.bfloat16)
+    left, right = _factors(Slice(8, columns, start, columns), 2, 4)
+
+    def updated(rows: slice, within_row: slice) -> torch.Tensor:
+        shard = master[rows, within_row].clone(memory_format=torch.contiguous_format)
+        first = start + rows.start * columns + within_row.start
+        sweeps.low_rank_update(
+            shard,
+            torch.empty_like(shard),
+            TensorRegion(NAME, first, columns),
+            left=left[:, rows].contiguous(),
+            right=right[:, :, within_row].contiguous(),
+            coefficients=[0.1, -0.2],
+            decay=0.99,
+            step=3,
+        )
+        return shard
+
+    all_rows, all_columns = slice(0, 8), slice(0, columns)
+    whole = updated(all_rows, all_columns)
+    by_rows = [updated(slice(row, row + 2), all_columns) for row in range(0, 8, 2)]
+    by_columns = [updated(all_rows, slice(column, column + 25)) for column in range(0, 100, 25)]
+    _assert_same_bits(torch.cat(by_rows, 0), whole, "four shards of rows")
+    _assert_same_bits(torch.cat(by_columns, 1), whole, "four shards of columns")
+
+
+def check_empty_slices(sweeps: ModuleType) -> None:
+    for shape, stored, served in product(EMPTY_SLICES, MASTERS, LIVES):
+        for kind in KINDS:
+            check_perturb(sweeps, shape, kind, stored, served)
+            check_update(sweeps, shape, kind, stored, served, 1)
+        check_low_rank_update(sweeps, shape, stored, served, 1, 4)
+        check_digest(sweeps, shape, served)
 
 
 def check_nothing_is_fused(sweeps: ModuleType) -> None:
@@ -236,6 +335,13 @@ def test_numba_update_takes_64_seeds(kind: NoiseKind) -> None:
         check_update(sweeps_numba, SLICES[2], kind, stored, torch.bfloat16, 64)
 
 
+@pytest.mark.parametrize("rank", [1, 4, 8, 11])
+@pytest.mark.parametrize("shape", (*SLICES, LONG_SLICE, TALL_SLICE))
+def test_numba_low_rank_update_is_the_specification(shape: Slice, rank: int) -> None:
+    for stored, served, count in product(MASTERS, LIVES, (0, 1, 5)):
+        check_low_rank_update(sweeps_numba, shape, stored, served, count, rank)
+
+
 def test_numba_digest_is_the_specification() -> None:
     for shape, dtype in product((*SLICES, LONG_SLICE), LIVES):
         check_digest(sweeps_numba, shape, dtype)
@@ -244,6 +350,14 @@ def test_numba_digest_is_the_specification() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_numba_shards_are_slices_of_the_whole(kind: NoiseKind) -> None:
     check_shards(sweeps_numba, kind)
+
+
+def test_numba_low_rank_shards_are_slices_of_the_whole() -> None:
+    check_low_rank_shards(sweeps_numba)
+
+
+def test_numba_takes_empty_slices() -> None:
+    check_empty_slices(sweeps_numba)
 
 
 def test_numba_fuses_nothing() -> None:
@@ -262,6 +376,7 @@ def test_threads_do_not_change_results(kind: NoiseKind) -> None:
             numba.set_num_threads(count)
             check_perturb(sweeps_numba, LONG_SLICE, kind, torch.float32, torch.bfloat16)
             check_update(sweeps_numba, LONG_SLICE, kind, torch.bfloat16, torch.float32, 2)
+            check_low_rank_update(sweeps_numba, TALL_SLICE, torch.bfloat16, torch.float32, 2, 5)
             check_digest(sweeps_numba, LONG_SLICE, torch.bfloat16)
     finally:
         numba.set_num_threads(threads)
@@ -310,6 +425,41 @@ def test_layouts_that_would_be_misread_are_refused() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "complaint"),
+    [
+        (torch.zeros(1, 4, 2), torch.zeros(1, 2, 6), "do not fit a master (4, 6) and 2 seeds"),
+        (torch.zeros(2, 4, 2), torch.zeros(2, 3, 6), "do not fit"),
+        (torch.zeros(2, 5, 2), torch.zeros(2, 2, 6), "do not fit"),
+        (torch.zeros(2, 4, 2), torch.zeros(2, 2, 5), "do not fit"),
+        (torch.zeros(2, 4, 0), torch.zeros(2, 0, 6), "do not fit"),
+        (torch.zeros(4, 2), torch.zeros(2, 6), "do not fit"),
+        (torch.tensor(1.0), torch.tensor(1.0), "do not fit"),
+        (torch.zeros(2, 4, 2).double(), torch.zeros(2, 2, 6), "contiguous float32 on cpu"),
+        (torch.zeros(2, 4, 2), torch.zeros(2, 2, 6).half(), "contiguous float32 on cpu"),
+        (torch.zeros(2, 2, 4).mT, torch.zeros(2, 2, 6), "contiguous float32 on cpu"),
+        (torch.zeros(2, 4, 2), torch.zeros(2, 2, 12)[:, :, ::2], "contiguous float32 on cpu"),
+        (torch.zeros(2, 4, 2, device="meta"), torch.zeros(2, 2, 6), "contiguous float32 on cpu"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(
+    left: torch.Tensor, right: torch.Tensor, complaint: str
+) -> None:
+    master = torch.zeros(4, 6)
+    shapes = f"factors of shapes {tuple(left.shape)} and {tuple(right.shape)}"
+    with pytest.raises(ValueError, match=f"^{re.escape(shapes)}.*{re.escape(complaint)}"):
+        sweeps_numba.low_rank_update(
+            master,
+            master.clone(),
+            TensorRegion(NAME, 0, 6),
+            left=left,
+            right=right,
+            coefficients=[1.0, 1.0],
+            decay=1.0,
+            step=1,
+        )
+
+
 def check_triton_interpreted() -> None:
     """Every check, in Triton's interpreter: to be called in a process that interprets."""
     from orchestrator import sweeps_triton  # noqa: PLC0415  only this process may import it
@@ -318,15 +468,21 @@ def check_triton_interpreted() -> None:
     for kind, stored, served in product(KINDS, MASTERS, LIVES):
         check_perturb(sweeps_triton, ragged, kind, stored, served)
         check_update(sweeps_triton, ragged, kind, stored, served, 1)
+        check_low_rank_update(sweeps_triton, ragged, stored, served, 1, 4)
     for shape, kind, stored in product(SLICES, KINDS, MASTERS):
         check_perturb(sweeps_triton, shape, kind, stored, torch.bfloat16)
         check_update(sweeps_triton, shape, kind, stored, torch.float32, 3)
+    for shape, stored, rank in product((*SLICES, TALL_SLICE), MASTERS, (1, 5)):
+        for count in (0, 3):
+            check_low_rank_update(sweeps_triton, shape, stored, torch.bfloat16, count, rank)
     for shape, served in product(SLICES, LIVES):
         check_digest(sweeps_triton, shape, served)
     for kind in KINDS:
         check_update(sweeps_triton, ragged, kind, torch.float32, torch.bfloat16, 0)
         check_update(sweeps_triton, ragged, kind, torch.bfloat16, torch.bfloat16, 64)
         check_shards(sweeps_triton, kind)
+    check_low_rank_shards(sweeps_triton)
+    check_empty_slices(sweeps_triton)
     check_nothing_is_fused(sweeps_triton)
     check_infinities_and_nan_survive(sweeps_triton)
 
@@ -348,6 +504,10 @@ def check_triton_compiles() -> None:
         compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)
         return str(compiled.asm["ptx"])
 
+    def assert_nothing_is_fused(text: str) -> None:
+        assert "add.rn.f32" in text
+        assert not re.search(r"\bfma\.|\b(add|mul)\.f32", text)
+
     tables = {"magnitudes": "*fp32", "seeds": "*u64", "coefficients": "*fp32"}
     for (gaussian, tile), (aligned, master) in product(
         ((True, sweeps_triton.GAUSSIAN_TILE), (False, sweeps_triton.RADEMACHER_TILE)),
@@ -355,9 +515,21 @@ def check_triton_compiles() -> None:
     ):
         pointers = tables | {"master": master, "live": "*u16"}
         for kernel in (sweeps_triton._perturb, sweeps_triton._update):
-            text = ptx(kernel, pointers, GAUSSIAN=gaussian, ALIGNED=aligned, TILE=tile)
-            assert "add.rn.f32" in text
-            assert not re.search(r"\bfma\.|\b(add|mul)\.f32", text), kernel
+            assert_nothing_is_fused(
+                ptx(kernel, pointers, GAUSSIAN=gaussian, ALIGNED=aligned, TILE=tile)
+            )
+    factors = {"left": "*fp32", "right": "*fp32", "coefficients": "*fp32"}
+    for aligned, master in ((True, "*fp32"), (True, "*u16"), (False, "*u16")):
+        assert_nothing_is_fused(
+            ptx(
+                sweeps_triton._low_rank_update,
+                factors | {"master": master, "live": "*u16"},
+                RANK=4,
+                ALIGNED=aligned,
+                ROWS=sweeps_triton.LOW_RANK_ROWS,
+                COLUMNS=sweeps_triton.LOW_RANK_COLUMNS,
+            )
+        )
     digest_pointers = {"values": "*u16", "partial_sums": "*i64"}
     ptx(sweeps_triton._digest, digest_pointers, TILE=sweeps_triton.DIGEST_TILE)
 

@@ -102,6 +102,9 @@ def test_names_are_found_under_any_prefix() -> None:
     )
     assert names.canonical("norm.weight") == "model.norm.weight"
     assert names.canonical(fused) is None
+    held = TensorNames([fused], [fused.removeprefix("model.")])  # by the checkpoint itself
+    assert held.canonical(fused) == fused
+    assert held.places[fused].shard_id is None
     assert names.is_tied_head("lm_head.weight")
     assert not TensorNames(["lm_head.weight"]).is_tied_head("lm_head.weight")
 

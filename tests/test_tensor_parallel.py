@@ -112,6 +112,12 @@ def test_adapters_on_all_modules_work_on_two_ranks(folder: Path) -> None:
     torch.testing.assert_close(seen, expected, atol=1e-4, rtol=0)
 
 
+def test_a_rank_whose_copy_has_changed_says_so(folder: Path) -> None:
+    first, second = torch.load(folder / f"{ADAPTER}.pt")["complaints"]
+    assert first == ""
+    assert "layer_norm" in second and "differs from rank 0's" in second
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="NCCL works there")
 def test_without_its_patch_gloo_s_groups_try_nccl(folder: Path) -> None:
     symptoms = torch.load(folder / f"{ADAPTER}.pt")["symptoms"]

@@ -26,6 +26,9 @@ def test_graphs_change_neither_scores_nor_continuations(
         kv_tokens=4096,
         cuda_graphs=True,
     )
+    runner = captured._runner.model_runner
+    assert type(runner.prefill_cuda_graph_runner).__name__ == "PrefillCudaGraphRunner"
+    assert type(runner.decode_cuda_graph_runner).__name__ == "DecodeCudaGraphRunner"
     eager = engines(family)
     assert captured.generate(SEQUENCES, 64) == eager.generate(SEQUENCES, 64)
     scores = [span.sum for span in captured.score(SEQUENCES, SPANS).spans]
