@@ -106,7 +106,7 @@ def _parse() -> argparse.Namespace:
         "export",
         help="write the trained model or adapter",
         description="Replay a run's ledger and write what it leads to: a Hugging Face folder that "
-        "transformers and SGLang load, or for space.kind=lora an adapter that PEFT and SGLang load.",
+        "transformers and SGLang load, or with space.kind=lora an adapter for PEFT and SGLang.",
     )
     export.add_argument("source", metavar="RUN_DIR")
     export.add_argument("folder", metavar="OUT_DIR", type=Path)

@@ -82,8 +82,9 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
         if load(path, [override]).identity() != recorded.identity():
             raise ConfigError(
                 f"{override}: the run in {folder} has steps that depend on this key; what may "
-                "change is model.path, model.device, space.init, task.train, task.test, fleet.kind, "
-                "fleet.num_replicas, run.eval_every, run.eval_examples and run.check_every"
+                "change is model.path, model.device, space.init, task.train, task.test, "
+                "fleet.kind, fleet.num_replicas, run.eval_every, run.eval_examples and "
+                "run.check_every"
             )
     run = _checked(load(path, overrides), folder)
     if run.ledger_path.exists():

@@ -5,6 +5,7 @@ FOLDER/FAMILY.pt, and exported models in FOLDER/exported.
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ from bare import adapter_runner, last_logits
 from conftest import DEVICE, VOCABULARY, recorded
 from sglang.srt.distributed import parallel_state
 
+from orchestrator.adapters import AdapterPlan
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.dense import DenseSpace
 from orchestrator.engine import Engine
-from orchestrator.export import write_model
+from orchestrator.export import AdapterSettings, write_model
+from orchestrator.lora import LoraSpace
+from orchestrator.low_rank import LowRankSpace
 from orchestrator.parameters import canonical_tensors
-from orchestrator.records import StepUpdate
+from orchestrator.records import Probe, StepUpdate
 from orchestrator.runner import World, gather_from_ranks
 
 FAMILIES = ["opt", "opt-350m", "opt-untied", "llama", "qwen3"]
+SLOT_FAMILIES = ["opt", "llama"]
 ADAPTER = "adapter"
 OPT_LINEAR_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 SEQUENCES = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 3, 4, 5]]
@@ -59,6 +64,51 @@ def observe(family: str, models: Path, exported: Path, world: World) -> dict[str
         for tensor in tensors:  # as the next space expects it
             tensor.live.copy_(tensor.initial)
     engine.close()
+    return seen
+
+
+def observe_slots(family: str, models: Path, world: World) -> dict[str, Any]:
+    """Scores, digests and state of the spaces over adapter slots, on all linear modules."""
+    folder = models / family
+    checkpoint = Checkpoint(folder)
+    modules = tuple(sorted(checkpoint.linear_modules()))
+    seen: dict[str, Any] = {}
+    for kind in ("lora", "low_rank"):
+        scaling = 2.0 if kind == "lora" else 0.5
+        engine = Engine(
+            str(folder),
+            dtype="float32",
+            device=DEVICE,
+            kv_tokens=256,
+            adapters=AdapterPlan(num_slots=3, rank=4, scaling=scaling, modules=modules),
+            world=world,
+        )
+        assert engine.slots is not None
+        if kind == "lora":
+            settings = AdapterSettings(4, 8.0, modules)
+            space: Any = LoraSpace(engine.slots, settings, noise_kind="gaussian", seed=1)
+        else:
+            tensors = canonical_tensors(engine.model, checkpoint, world.rank)
+            space = LowRankSpace(
+                tensors,
+                engine.slots,
+                noise_kind="gaussian",
+                master_dtype=torch.bfloat16,
+                rank=4,
+                run_seed=1,
+            )
+        space.apply(UPDATE)
+        seen[f"{kind} digest"] = space.digest()
+        seen[f"{kind} parameters"] = space.num_parameters
+        spans = [(1, len(tokens)) for tokens in SEQUENCES]
+        probes = [Probe(1, 7, sign, 1e-2, (0,)) for sign in (1, -1)]
+        with closing(space.placed(probes)) as groups:
+            adapters = [placed.adapter for placed in next(groups)]
+            scores = engine.score(SEQUENCES, spans, adapters=[*adapters, space.adapter]).spans
+            seen[f"{kind} scores"] = [span.sum for span in scores]
+        state = space.factors() if kind == "lora" else space.weights()
+        seen[f"{kind} state"] = dict(state)
+        engine.close()
     return seen
 
 
@@ -100,6 +150,8 @@ def main() -> None:
     world = World(rank, size, f"file://{folder}/rendezvous")
     for family in FAMILIES:
         seen = observe(family, folder / "models", folder / "exported", world)
+        if family in SLOT_FAMILIES:
+            seen["slots"] = observe_slots(family, folder / "models", world)
         if rank == 0:
             torch.save(seen, folder / f"{family}.pt")
     logits = observe_adapter(folder / "models", folder / ADAPTER, world)

@@ -104,6 +104,18 @@ def test_the_ledger_does_not_depend_on_the_fleet(
     assert step_lines(tmp_path) == step_lines(undisturbed)
 
 
+def test_actors_with_adapter_slots_give_the_local_ledger(
+    recipe_path: Path, tmp_path: Path, cluster: str
+) -> None:
+    needs_devices(2)
+    space = "space={kind: lora, rank: 2, slots: 2, targets: [q_proj, v_proj]}"
+    local, remote = tmp_path / "local", tmp_path / "remote"
+    finish(launch("train", str(recipe_path), space, f"run.dir={local}"))
+    ray_fleet = ["fleet.kind=ray", "fleet.num_replicas=2"]
+    finish(launch("train", str(recipe_path), space, *ray_fleet, f"run.dir={remote}"))
+    assert step_lines(remote) == step_lines(local)
+
+
 def test_two_local_replicas_give_the_same_ledger(
     recipe_path: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

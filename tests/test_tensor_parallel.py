@@ -14,8 +14,10 @@ from tensor_parallel_worker import (
     ADAPTER,
     FAMILIES,
     OPT_LINEAR_MODULES,
+    SLOT_FAMILIES,
     observe,
     observe_adapter,
+    observe_slots,
 )
 from transformers import AutoModelForCausalLM
 
@@ -104,6 +106,20 @@ def test_what_two_ranks_export_loads_in_transformers(family: str, folder: Path) 
     assert parameters.keys() == weights.keys()
     for name, value in weights.items():
         assert torch.equal(parameters[name].data, value), name
+
+
+@pytest.mark.parametrize("family", SLOT_FAMILIES)
+def test_slots_hold_the_same_on_two_ranks_as_on_one(family: str, folder: Path) -> None:
+    seen = torch.load(folder / f"{family}.pt")["slots"]
+    expected = observe_slots(family, folder / "models", ALONE)
+    for kind in ("lora", "low_rank"):
+        assert seen[f"{kind} digest"] == expected[f"{kind} digest"]
+        assert seen[f"{kind} parameters"] == expected[f"{kind} parameters"]
+        assert seen[f"{kind} scores"] == pytest.approx(expected[f"{kind} scores"], abs=1e-4)
+        state, expected_state = seen[f"{kind} state"], expected[f"{kind} state"]
+        assert state.keys() == expected_state.keys()
+        for name, value in state.items():
+            assert torch.equal(value, expected_state[name]), name
 
 
 def test_adapters_on_all_modules_work_on_two_ranks(folder: Path) -> None:

@@ -185,3 +185,35 @@ def test_twenty_steps_equal_the_plain_loop(
         expected = expected_weights[name].ravel()
         np.testing.assert_allclose(tensor.master.cpu().ravel(), expected, atol=1e-5, err_msg=name)
     fleet.close()
+
+
+def train(config: Config, path: Path) -> list[bytes]:
+    """The step lines of a run's ledger, new or continued, by a local fleet."""
+    fleet = LocalFleet(config, DEVICE)
+    info = fleet.start()
+    header = Header(1, 1, config.model.path, info.weights_hash, config.identity(), "", ())
+    with Ledger.open(path, header) if path.exists() else Ledger.create(path, header) as ledger:
+        Driver(config, fleet, ledger, [], num_train=40, num_test=50).train()
+    fleet.close()
+    return path.read_bytes().splitlines(keepends=True)[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", [LORA, {"kind": "low_rank", "rank": 2, "slots": 2}])
+def test_slots_give_the_same_ledger_for_any_fleet_and_after_a_resume(
+    space: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    values = yaml.safe_load(yaml.safe_dump(recipe))
+    values["space"] = space
+    values["estimator"] |= {"num_seeds": 4, "lr": 1e-3}
+    values["run"]["steps"] = STEPS
+    whole = train(Config.model_validate(values), tmp_path / "one.jsonl")
+    assert len(whole) == STEPS
+    for num_replicas in (2, 3):
+        values["fleet"]["num_replicas"] = num_replicas
+        path = tmp_path / f"{num_replicas}.jsonl"
+        assert train(Config.model_validate(values), path) == whole
+    cut = tmp_path / "cut.jsonl"
+    header = (tmp_path / "one.jsonl").read_bytes().splitlines(keepends=True)[0]
+    cut.write_bytes(header + b"".join(whole[:7]))
+    assert train(Config.model_validate(values), cut) == whole
