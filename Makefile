@@ -13,7 +13,7 @@ REQUIREMENTS := requirements.txt requirements-dev.txt requirements-demo.txt cons
 setup: $(VENV)/installed
 
 demo: setup
-	$(RUN) launch.py train configs/demo.yaml
+	$(RUN) launch.py train configs/demo_lora.yaml
 
 test: check
 	$(RUN) -m pytest

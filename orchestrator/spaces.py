@@ -6,6 +6,7 @@ loaded. Knows nothing of how a space works.
 
 import hashlib
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,11 @@ class SpacePlan:
             )
 
     def build(self, engine: Engine) -> Space:
-        """The space, over an engine that was made with `adapters`."""
+        """The space, over an engine that was made with `adapters`.
+
+        Raises ConfigError where SGLang gives adapters to fewer modules than are to have them.
+        """
+        self._check_slots(engine)
         config, rank = self._config, engine.world.rank
         space, estimator = config.space, config.estimator
         if space.kind == "lora":
@@ -131,6 +136,21 @@ class SpacePlan:
             train_others=space.others == "dense",
             **choices,
         )
+
+    def _check_slots(self, engine: Engine) -> None:
+        """Nothing may stay untrained in silence: experts, or what a checkpoint has fused itself."""
+        if self.adapters is None or engine.slots is None:
+            return
+        served = Counter(factor.name.split(".")[-3] for factor in engine.slots.factors)
+        wanted = self._checkpoint.linear_modules()
+        for module in self.adapters.modules:
+            num_served = served[module] // 2
+            if num_served != len(wanted[module]):
+                raise ConfigError(
+                    f"space.kind: {self._config.space.kind}: adapters reach {num_served} of the "
+                    f"model's {len(wanted[module])} {module}; name others in space.targets, or "
+                    "choose space.kind=dense"
+                )
 
 
 def _free_bytes(device: str) -> int:

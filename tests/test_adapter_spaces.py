@@ -377,3 +377,10 @@ def test_what_cannot_be_is_refused_in_one_line(
     with pytest.raises(ConfigError, match=message) as caught:
         make("llama", kind="lora", **space)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["lora", "low_rank"])
+def test_modules_that_adapters_do_not_reach_are_refused(kind: str, make: Make) -> None:
+    """Phi-3's checkpoint holds fused matrices, whose members have no names of their own."""
+    with pytest.raises(ConfigError, match="adapters reach 0 of the model's 2 gate_up_proj"):
+        make("phi3", kind=kind)
