@@ -275,6 +275,11 @@ class Engine:
 
     def _split(self, lengths: Sequence[int], num_copies: int = 1) -> Iterator[range]:
         """Batches of which so many copies fit the pools; decided by lengths alone."""
+        if num_copies > self._max_sequences:
+            raise ConfigError(
+                f"space.slots: {num_copies} sequences at a time are more than the engine's "
+                f"{self._max_sequences}; lower space.slots"
+            )
         first = num_tokens = 0
         for index, length in enumerate(lengths):
             if length > self.max_sequence_length or length * num_copies > self._kv_tokens:

@@ -145,6 +145,11 @@ def test_more_sequences_than_request_slots_are_split(engines: Engines) -> None:
     assert scores[200].sum == pytest.approx(alone[0].sum, abs=1e-5)
 
 
+def test_more_adapters_than_request_slots_are_refused(engines: Engines) -> None:
+    with pytest.raises(ConfigError, match=r"space\.slots: 500 sequences .*; lower space\.slots"):
+        engines("opt").score([[3, 4, 5]], [(1, 2)], adapters=[None] * 500)
+
+
 def test_prompts_that_cannot_be_continued_are_refused(engines: Engines) -> None:
     with pytest.raises(ValueError, match="a prompt has no tokens"):
         engines("opt").generate([[]], 3)

@@ -4,6 +4,7 @@ Real Ray, real SGLang engines, a tiny model. The runs go through `launch.py`, in
 own.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import ray
 import torch
 import yaml
 from conftest import DEVICE
+from test_training import train
 
 from orchestrator import actors
 from orchestrator.config import Config, ConfigError
@@ -105,15 +107,15 @@ def test_the_ledger_does_not_depend_on_the_fleet(
 
 
 def test_actors_with_adapter_slots_give_the_local_ledger(
-    recipe_path: Path, tmp_path: Path, cluster: str
+    long_recipe: dict[str, Any], recipe_path: Path, tmp_path: Path, cluster: str
 ) -> None:
     needs_devices(2)
-    space = "space={kind: lora, rank: 2, slots: 2, targets: [q_proj, v_proj]}"
-    local, remote = tmp_path / "local", tmp_path / "remote"
-    finish(launch("train", str(recipe_path), space, f"run.dir={local}"))
-    ray_fleet = ["fleet.kind=ray", "fleet.num_replicas=2"]
-    finish(launch("train", str(recipe_path), space, *ray_fleet, f"run.dir={remote}"))
-    assert step_lines(remote) == step_lines(local)
+    space = {"kind": "lora", "rank": 2, "slots": 2, "targets": ["q_proj", "v_proj"]}
+    local = train(Config.model_validate({**long_recipe, "space": space}), tmp_path / "ledger")
+    overrides = [f"space={json.dumps(space)}", "fleet.kind=ray", "fleet.num_replicas=2"]
+    folder = tmp_path / "remote"
+    finish(launch("train", str(recipe_path), *overrides, f"run.dir={folder}"))
+    assert step_lines(folder) == local
 
 
 def test_two_local_replicas_give_the_same_ledger(

@@ -150,13 +150,21 @@ def test_eval_writes_the_scores_that_transformers_gives(
         assert line["prediction"] == expected.index(max(expected))
 
 
-@pytest.mark.slow
-def test_eval_of_a_run_folder_scores_its_trained_state(finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scores.jsonl"
+@pytest.fixture(scope="module")
+def trained_scores(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
+    """What `eval` writes of the finished run."""
+    out = tmp_path_factory.mktemp("scores") / "trained.jsonl"
     done = launch("eval", finished, "--out", out)
     assert done.returncode == DONE, done.stdout + done.stderr
     assert "after 6 steps" in done.stdout
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    return out
+
+
+@pytest.mark.slow
+def test_eval_of_a_run_folder_scores_its_trained_state(
+    finished: Path, trained_scores: Path
+) -> None:
+    lines = [json.loads(line) for line in trained_scores.read_text().splitlines()]
     right = sum(line["prediction"] == line["label"] for line in lines)
     summary = json.loads((finished / "summary.json").read_text())
     assert right / len(lines) == summary["final_accuracy"]
@@ -164,26 +172,24 @@ def test_eval_of_a_run_folder_scores_its_trained_state(finished: Path, tmp_path:
 
 @pytest.mark.slow
 def test_an_exported_model_scores_as_the_run_does(
-    finished: Path, recipe_path: Path, tmp_path: Path
+    finished: Path, trained_scores: Path, recipe_path: Path, tmp_path: Path
 ) -> None:
-    trained, exported, folder = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "tuned"))
+    exported, folder = tmp_path / "scores.jsonl", tmp_path / "tuned"
     done = launch("export", finished, folder)
     assert (done.returncode, "what 6 steps have trained" in done.stdout) == (DONE, True)
-    assert launch("eval", finished, "--out", trained).returncode == DONE
     assert launch("eval", recipe_path, f"model.path={folder}", "--out", exported).returncode == DONE
-    assert exported.read_text() == trained.read_text()
+    assert exported.read_text() == trained_scores.read_text()
     assert "exists already" in mistake("export", finished, folder)
     assert "cannot be written to" in mistake("export", finished, tmp_path / "no" / "folder")
     assert "holds no config.yaml" in mistake("export", tmp_path, tmp_path / "other")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_a_damaged_weight_file_is_told_by_name(
-    suffix: str, recipe_path: Path, model_folders: dict[str, Path], tmp_path: Path
+    recipe_path: Path, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = renamed(model_folders["llama"], tmp_path / "damaged", lambda name: name, suffix)
-    (file,) = folder.glob("*model*." + suffix)
+    folder = renamed(model_folders["llama"], tmp_path / "damaged", lambda name: name)
+    file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     done = launch("eval", recipe_path, f"model.path={folder}", "--out", tmp_path / "x.jsonl")
     assert done.returncode == MISTAKE
