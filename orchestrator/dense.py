@@ -28,7 +28,6 @@ class DenseSpace:
     ) -> None:
         device = tensors[0].live.device
         self._noise = noise
-        self._sweeps = space.sweeps_for(device)
         self.tensors = [
             TrainedTensor(
                 tensor.region,
@@ -63,34 +62,15 @@ class DenseSpace:
         if coefficient == 0:
             self.restore()
             return
-        for tensor in self.tensors:
-            self._sweeps.perturb(
-                tensor.master,
-                tensor.live,
-                tensor.region,
-                kind=self._noise,
-                seed=seed,
-                coefficient=coefficient,
-            )
+        live = [tensor.live for tensor in self.tensors]
+        space.perturb(self.tensors, live, self._noise, seed, coefficient)
 
     def restore(self) -> None:
         """live = master, rounded to nearest."""
-        for tensor in self.tensors:
-            tensor.live.copy_(tensor.master)
+        space.restore(self.tensors)
 
     def apply(self, update: StepUpdate) -> None:
-        """master = master * decay + sum of coefficient * z(seed), in order; live follows."""
-        for tensor in self.tensors:
-            self._sweeps.update(
-                tensor.master,
-                tensor.live,
-                tensor.region,
-                kind=self._noise,
-                seeds=update.seeds,
-                coefficients=update.coefficients,
-                decay=update.decay,
-                step=update.step,
-            )
+        space.add_noise(self.tensors, self._noise, update)
 
     def digest(self) -> str:
         return space.digest(self.tensors, lambda tensor: tensor.master)

@@ -45,7 +45,6 @@ class LoraSpace:
         self._settings = settings
         self._noise = noise_kind
         device = slots.factors[0].views[0].device
-        self._sweeps = space.sweeps_for(device)
         values = first_values(slots.factors, seed) if initial is None else initial
         _check_fit(slots.factors, values)
         self.tensors = []
@@ -61,7 +60,7 @@ class LoraSpace:
             )
             for views, view in zip(self._probe_views, perturbed, strict=True):
                 views.append(view)
-        self._restore()
+        space.restore(self.tensors)
 
     @property
     def num_parameters(self) -> int:
@@ -71,39 +70,14 @@ class LoraSpace:
         for start in range(0, len(probes), len(self._probe_slots)):
             group = probes[start : start + len(self._probe_slots)]
             for probe, views in zip(group, self._probe_views, strict=False):
-                self._perturb(probe, views)
+                coefficient = probe.sign * probe.eps
+                space.perturb(self.tensors, views, self._noise, probe.seed, coefficient)
             yield [
                 Placed(probe, slot) for probe, slot in zip(group, self._probe_slots, strict=False)
             ]
 
-    def _perturb(self, probe: Probe, views: Sequence[torch.Tensor]) -> None:
-        """Write master + sign * eps * z(seed) into a slot."""
-        for tensor, view in zip(self.tensors, views, strict=True):
-            self._sweeps.perturb(
-                tensor.master,
-                view,
-                tensor.region,
-                kind=self._noise,
-                seed=probe.seed,
-                coefficient=probe.sign * probe.eps,
-            )
-
-    def _restore(self) -> None:
-        for tensor in self.tensors:
-            tensor.live.copy_(tensor.master)
-
     def apply(self, update: StepUpdate) -> None:
-        for tensor in self.tensors:
-            self._sweeps.update(
-                tensor.master,
-                tensor.live,
-                tensor.region,
-                kind=self._noise,
-                seeds=update.seeds,
-                coefficients=update.coefficients,
-                decay=update.decay,
-                step=update.step,
-            )
+        space.add_noise(self.tensors, self._noise, update)
 
     def digest(self) -> str:
         return space.digest(self.tensors, lambda tensor: tensor.master)

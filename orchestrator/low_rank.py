@@ -132,15 +132,8 @@ class LowRankSpace:
         for matrix in self._matrices:
             left, right = matrix.left_slots[slot], matrix.right_slots[slot]
             self._draw(matrix, probe.step, probe.seed, left, right, coefficient)
-        for tensor in self._others:
-            self._sweeps.perturb(
-                tensor.master,
-                tensor.live,
-                tensor.region,
-                kind=self._noise,
-                seed=probe.seed,
-                coefficient=coefficient,
-            )
+        others = [tensor.live for tensor in self._others]
+        space.perturb(self._others, others, self._noise, probe.seed, coefficient)
 
     def _draw(
         self,
@@ -186,17 +179,7 @@ class LowRankSpace:
                 decay=update.decay,
                 step=update.step,
             )
-        for tensor in self._others:
-            self._sweeps.update(
-                tensor.master,
-                tensor.live,
-                tensor.region,
-                kind=self._noise,
-                seeds=update.seeds,
-                coefficients=update.coefficients,
-                decay=update.decay,
-                step=update.step,
-            )
+        space.add_noise(self._others, self._noise, update)
 
     def digest(self) -> str:
         return space.digest(self.tensors, lambda tensor: tensor.master)

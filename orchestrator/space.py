@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from orchestrator import sweeps_numba, sweeps_triton
-from orchestrator.noise import TensorRegion
+from orchestrator.noise import NoiseKind, TensorRegion
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.runner import gather_from_ranks, sum_over_ranks
 from orchestrator.sweeps import Sweeps
@@ -86,6 +86,35 @@ def restore(tensors: Iterable[TrainedTensor]) -> None:
     """live = master, rounded to nearest."""
     for tensor in tensors:
         tensor.live.copy_(tensor.master)
+
+
+def perturb(
+    tensors: Sequence[TrainedTensor],
+    targets: Iterable[torch.Tensor],
+    kind: NoiseKind,
+    seed: int,
+    coefficient: float,
+) -> None:
+    """Write master + coefficient * z(seed) of each tensor into its target, of the same shape."""
+    for tensor, target in zip(tensors, targets, strict=True):
+        sweeps_for(target.device).perturb(
+            tensor.master, target, tensor.region, kind=kind, seed=seed, coefficient=coefficient
+        )
+
+
+def add_noise(tensors: Iterable[TrainedTensor], kind: NoiseKind, update: StepUpdate) -> None:
+    """master = master * decay + sum of coefficient * z(seed), in order; live follows."""
+    for tensor in tensors:
+        sweeps_for(tensor.live.device).update(
+            tensor.master,
+            tensor.live,
+            tensor.region,
+            kind=kind,
+            seeds=update.seeds,
+            coefficients=update.coefficients,
+            decay=update.decay,
+            step=update.step,
+        )
 
 
 def digest(tensors: Sequence[TrainedTensor], value: Callable[[TrainedTensor], torch.Tensor]) -> str:
