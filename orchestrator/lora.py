@@ -51,9 +51,7 @@ class LoraSpace:
         self._probe_views: list[list[torch.Tensor]] = [[] for _ in self._probe_slots]
         for factor in slots.factors:
             shard = factor.shard
-            rows = slice(shard.first_row, shard.first_row + shard.num_rows)
-            columns = slice(shard.first_column, shard.first_column + shard.num_columns)
-            master = values[factor.name][rows, columns].to(device, torch.float32, copy=True)
+            master = values[factor.name][shard.cells].to(device, torch.float32, copy=True)
             trained, *perturbed = factor.views
             self.tensors.append(
                 TrainedTensor(region(factor.name, shard), shard, master.contiguous(), trained)

@@ -77,7 +77,7 @@ class LowRankSpace:
                 right, left = factors[f"{path}.lora_A.weight"], factors[f"{path}.lora_B.weight"]
                 shape = (shard.num_rows, shard.num_columns)
                 trained = TrainedTensor(
-                    TensorRegion(name, tensor.region.start, shard.full_columns),
+                    tensor.region,
                     shard,
                     tensor.initial.to(device, master_dtype, copy=True).contiguous().view(shape),
                     tensor.live.view(shape),

@@ -80,11 +80,9 @@ def _view(
             f"{list(shard.full_shape)} in the model"
         )
     last_row = shard.parameter_row + shard.num_rows
-    last_column = shard.first_column + shard.num_columns
     live = parameter[shard.parameter_row : last_row].view(shard.num_rows, shard.num_columns)
     whole = checkpoint.read(source).reshape(-1, shard.full_columns)
-    initial = whole[shard.first_row : shard.first_row + shard.num_rows]
-    initial = initial[:, shard.first_column : last_column]
+    initial = whole[shard.cells]
     if not torch.equal(initial.to(live.dtype), live.cpu()):
         raise ConfigError(
             f"model.path: {source}: the engine's {shard.place.parameter} does not hold its values"

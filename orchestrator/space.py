@@ -151,7 +151,5 @@ def _whole(parts: Sequence[tuple[Shard, torch.Tensor]]) -> torch.Tensor:
     whole = torch.empty(first.full_shape, dtype=value.dtype)
     cells = whole.view(-1, first.full_columns)
     for shard, part in parts:
-        rows = slice(shard.first_row, shard.first_row + shard.num_rows)
-        columns = slice(shard.first_column, shard.first_column + shard.num_columns)
-        cells[rows, columns] = part.reshape(shard.num_rows, shard.num_columns)
+        cells[shard.cells] = part.reshape(shard.num_rows, shard.num_columns)
     return whole

@@ -99,6 +99,14 @@ class Shard:
     """False for a copy of what another rank answers for."""
 
     @property
+    def cells(self) -> tuple[slice, slice]:
+        """Rows and columns of the whole tensor, as [rows, full_columns], that the part is."""
+        return (
+            slice(self.first_row, self.first_row + self.num_rows),
+            slice(self.first_column, self.first_column + self.num_columns),
+        )
+
+    @property
     def is_whole(self) -> bool:
         """Whether this process holds all of the tensor."""
         return self.num_rows * self.num_columns == math.prod(self.full_shape)
