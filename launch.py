@@ -106,7 +106,8 @@ def _parse() -> argparse.Namespace:
         "export",
         help="write the trained model or adapter",
         description="Replay a run's ledger and write what it leads to: a Hugging Face folder that "
-        "transformers and SGLang load, or with space.kind=lora an adapter for PEFT and SGLang.",
+        "transformers and SGLang load, or with space.kind=lora an adapter for PEFT and SGLang, "
+        "or with space.kind=prefix a prefix for PEFT.",
     )
     export.add_argument("source", metavar="RUN_DIR")
     export.add_argument("folder", metavar="OUT_DIR", type=Path)

@@ -6,10 +6,8 @@ Both classes run in this process, turn by turn, so that what slows the machine s
 scores 16 sequences of 64 tokens. `forward` is the model alone; `call` is all of Engine.score.
 """
 
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +19,10 @@ NUM_THREADS = 2
 environment.prepare(NUM_THREADS)
 
 import torch  # noqa: E402
-from transformers import OPTConfig  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from benchmarks.measure import DEVICE, DTYPE, ON_GPU, header, medians, now, paired  # noqa: E402
+from benchmarks.shapes import SHAPES  # noqa: E402
+
 dist_patch.apply(DEVICE)
 
 from sglang.srt.models import opt as sglang_opt  # noqa: E402
@@ -33,23 +32,17 @@ from orchestrator.engine import Engine  # noqa: E402
 from orchestrator.opt_native import OPTForCausalLM  # noqa: E402
 
 NUM_SEQUENCES, NUM_TOKENS = 16, 64
-NUM_TURNS = 30 if DEVICE == "cuda" else 14
-SHAPES = {  # hidden size, layers, heads
-    "tiny": (64, 2, 4),
-    "125m": (768, 12, 12),
-    "1.3b": (2048, 24, 32),
-    "13b": (5120, 40, 40),
-}
-DEFAULT_SIZES = ["125m", "1.3b", "13b"] if DEVICE == "cuda" else ["125m"]
-DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
+NUM_TURNS = 30 if ON_GPU else 14
+NUM_WARMUPS = 2
+DEFAULT_SIZES = ["125m", "1.3b", "13b"] if ON_GPU else ["125m"]
 
 
-class Stopwatch:
-    """Wraps an engine's runner and adds up the time of its forwards."""
+class Timed:
+    """Stands in for an engine's runner, and keeps how long each of its forwards takes."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self.seconds = 0.0
+        self.forwards: list[float] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -57,14 +50,8 @@ class Stopwatch:
     def forward(self, batch: Any) -> Any:
         started = now()
         output = self._runner.forward(batch)
-        self.seconds += now() - started
+        self.forwards.append(now() - started)
         return output
-
-
-def now() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 @contextmanager
@@ -79,14 +66,7 @@ def registered(model_class: type) -> Iterator[None]:
 
 
 def load(size: str, folder: Path, model_class: type, cuda_graphs: bool) -> Engine:
-    hidden, layers, heads = SHAPES[size]
-    OPTConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        ffn_dim=4 * hidden,
-        architectures=["OPTForCausalLM"],
-    ).save_pretrained(folder)
+    SHAPES[f"opt-{size}"].config.save_pretrained(folder)
     with registered(model_class):
         engine = Engine(
             str(folder),
@@ -101,27 +81,21 @@ def load(size: str, folder: Path, model_class: type, cuda_graphs: bool) -> Engin
     return engine
 
 
-def measure(engines: dict[str, Engine]) -> dict[str, tuple[float, float]]:
+def measure(engines: dict[str, Engine], vocabulary: int) -> dict[str, tuple[float, float]]:
     """Median milliseconds of a forward and of a call, per engine."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, 50000, (NUM_SEQUENCES, NUM_TOKENS + 1), generator=generator)
+    tokens = torch.randint(5, vocabulary, (NUM_SEQUENCES, NUM_TOKENS + 1), generator=generator)
     sequences, spans = tokens.tolist(), [(NUM_TOKENS, NUM_TOKENS + 1)] * NUM_SEQUENCES
-    forwards: dict[str, list[float]] = {name: [] for name in engines}
-    calls: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in range(NUM_TURNS + 2):
-        order = list(engines.items())
-        for name, engine in order if turn % 2 else reversed(order):
-            watch = engine._runner = Stopwatch(engine._runner)  # type: ignore[assignment]
-            started = now()
-            engine.score(sequences, spans)
-            if turn >= 2:  # the first compile kernels
-                calls[name].append(now() - started)
-                forwards[name].append(watch.seconds)
-            engine._runner = watch._runner
-    return {
-        name: (1e3 * statistics.median(forwards[name]), 1e3 * statistics.median(calls[name]))
-        for name in engines
+    runners = {}
+    for name, engine in engines.items():
+        runners[name] = engine._runner = Timed(engine._runner)  # type: ignore[assignment]
+    calls = {
+        name: lambda engine=engine: engine.score(sequences, spans)
+        for name, engine in engines.items()
     }
+    taken = medians(paired(calls, NUM_TURNS, NUM_WARMUPS))
+    forwards = medians({name: runner.forwards[NUM_WARMUPS:] for name, runner in runners.items()})
+    return {name: (1e3 * forwards[name], 1e3 * taken[name]) for name in engines}
 
 
 def compare(size: str) -> None:
@@ -130,11 +104,11 @@ def compare(size: str) -> None:
             "SGLang's opt.py": load(size, Path(folder), sglang_opt.OPTForCausalLM, False),
             "ours": load(size, Path(folder), OPTForCausalLM, False),
         }
-        if DEVICE == "cuda":
+        if ON_GPU:
             engines["ours, prefill graphs"] = load(size, Path(folder), OPTForCausalLM, True)
-        medians = measure(engines)
-    base = medians["SGLang's opt.py"]
-    for name, (forward, call) in medians.items():
+        times = measure(engines, SHAPES[f"opt-{size}"].config.vocab_size)
+    base = times["SGLang's opt.py"]
+    for name, (forward, call) in times.items():
         print(
             f"{size:6s} {name:22s} forward {forward:8.2f} ms ({base[0] / forward:4.2f}x) "
             f"call {call:8.2f} ms ({base[1] / call:4.2f}x)",
@@ -145,7 +119,6 @@ def compare(size: str) -> None:
 
 
 if __name__ == "__main__":
-    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {NUM_THREADS} threads"
-    print(f"{where}, {DTYPE}, sglang {dist_patch.SGLANG_VERSION}, torch {torch.__version__}")
+    print(header())
     for size in sys.argv[1:] or DEFAULT_SIZES:
         compare(size)

@@ -6,9 +6,7 @@ Medians of seven runs over one tensor of 64 Mi elements, beside torch's plain co
 """
 
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 from orchestrator import environment
@@ -19,66 +17,51 @@ environment.prepare(NUM_THREADS)
 import numba  # noqa: E402
 import torch  # noqa: E402
 
-from orchestrator import sweeps_numba  # noqa: E402
+from benchmarks.measure import medians, paired  # noqa: E402
 from orchestrator.noise import NoiseKind, TensorRegion  # noqa: E402
+from orchestrator.records import StepUpdate  # noqa: E402
+from orchestrator.sweeps import Draw, Factors, Slice  # noqa: E402
+from orchestrator.sweeps_numba import Table  # noqa: E402
 
 SIZE = 64 * 2**20
 REGION = TensorRegion("model.embed_tokens.weight", 0, SIZE)
 
 
 def measure(name: str, sweep: Callable[[], object]) -> None:
-    sweep()  # compiles
-    seconds = []
-    for _ in range(7):
-        started = time.perf_counter()
-        sweep()
-        seconds.append(time.perf_counter() - started)
-    print(f"{name:52s} {SIZE / statistics.median(seconds) / 1e6:8.0f} million elements/s")
+    taken = medians(paired({name: sweep}, turns=7, warmups=1))[name]  # the first compiles
+    print(f"{name:52s} {SIZE / taken / 1e6:8.0f} million elements/s")
+
+
+def step(num_seeds: int) -> StepUpdate:
+    return StepUpdate(0, tuple(range(num_seeds)), (1e-9,) * num_seeds, decay=1.0)
 
 
 def measure_low_rank(num_seeds: int, rank: int) -> None:
     rows = columns = math.isqrt(SIZE)
     master = torch.randn(rows, columns)
-    live = torch.empty_like(master)
+    region = TensorRegion("model.layers.0.mlp.up_proj.weight", 0, columns)
+    table = Table([Slice(region, master, torch.empty_like(master))])
     left, right = torch.randn(num_seeds, rows, rank), torch.randn(num_seeds, rank, columns)
-
-    def update() -> None:
-        sweeps_numba.low_rank_update(
-            master,
-            live,
-            TensorRegion("model.layers.0.mlp.up_proj.weight", 0, columns),
-            left=left,
-            right=right,
-            coefficients=[1e-9] * num_seeds,
-            decay=1.0,
-            step=0,
-        )
-
     seeds = f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"
-    measure(f"low_rank_update, {seeds}, rank {rank}, float32 -> float32", update)
+    measure(
+        f"low_rank_update, {seeds}, rank {rank}, float32 -> float32",
+        lambda: table.low_rank_update([Factors(left, right)], step(num_seeds)),
+    )
 
 
 def measure_dtypes(master_dtype: torch.dtype, live_dtype: torch.dtype) -> None:
     master = torch.randn(1, SIZE).to(master_dtype)
     live = torch.empty(1, SIZE, dtype=live_dtype)
+    table = Table([Slice(REGION, master, live)])
     dtypes = f"{master_dtype} -> {live_dtype}".replace("torch.", "")
     kinds: tuple[NoiseKind, ...] = ("gaussian", "rademacher")
     for kind in kinds:
 
         def perturb(kind: NoiseKind = kind) -> None:
-            sweeps_numba.perturb(master, live, REGION, kind=kind, seed=1, coefficient=1e-3)
+            table.perturb(kind, [Draw(seed=1, coefficient=1e-3)])
 
         def update(kind: NoiseKind = kind, num_seeds: int = 1) -> None:
-            sweeps_numba.update(
-                master,
-                live,
-                REGION,
-                kind=kind,
-                seeds=range(num_seeds),
-                coefficients=[1e-9] * num_seeds,
-                decay=1.0,
-                step=0,
-            )
+            table.update(kind, [step(num_seeds)])
 
         measure(f"perturb, {kind}, {dtypes}", perturb)
         measure(f"update, 1 seed, {kind}, {dtypes}", update)
@@ -87,7 +70,7 @@ def measure_dtypes(master_dtype: torch.dtype, live_dtype: torch.dtype) -> None:
             lambda update=update: update(num_seeds=8),  # type: ignore[misc]
         )
     measure(f"copy, {dtypes}", lambda: live.copy_(master))
-    measure(f"digest, {dtypes}", lambda: sweeps_numba.digest(master, REGION))
+    measure(f"digest, {dtypes}", table.digests)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.lora.lora_registry import LoRARef
 
+from orchestrator import adapter_kernels
 from orchestrator.tensor_map import FUSED, Place, Shard, TensorNames, linear_shard
 
 
@@ -30,7 +31,7 @@ class AdapterPlan:
         """What SGLang must be told so that its pool holds the slots, and rows without any."""
         return {
             "enable_lora": True,
-            "lora_backend": "torch_native" if on_cpu else "triton",
+            "lora_backend": "torch_native" if on_cpu else adapter_kernels.BACKEND,
             "max_lora_rank": self.rank,
             "max_loras_per_batch": self.num_slots + 1,
             "lora_target_modules": list(self.modules),

@@ -40,7 +40,7 @@ class Model(Section):
     """Precision of the live weights and of the forward."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     quantization: str | None = None
-    """lora: how SGLang quantises the base weights, such as fp8; None: as the checkpoint says."""
+    """lora, prefix: how SGLang quantises the base weights, such as fp8; None: as they are."""
     kv_tokens: Positive = 16384
     """Size of a replica's KV pool, in tokens; larger batches are split."""
     trust_remote_code: bool = False
@@ -52,12 +52,13 @@ class Model(Section):
 class Space(Section):
     """Which parameters are trained, how they are perturbed, and how precisely they are kept."""
 
-    kind: Literal["dense", "lora", "low_rank"] = "dense"
-    """dense: all weights. lora: an adapter. low_rank: all matrices, by noise of low rank."""
+    kind: Literal["dense", "lora", "low_rank", "prefix"] = "dense"
+    """dense: all weights. lora: an adapter. low_rank: all matrices, by noise of low rank.
+    prefix: keys and values of virtual tokens in front of every sequence."""
     master: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the trained state; bfloat16 rounds stochastically. An adapter's is float32."""
+    """Precision of the trained state; bfloat16 rounds stochastically. lora, prefix: float32."""
     slots: Annotated[int, Field(ge=2, multiple_of=2, strict=True)] = 8
-    """lora, low_rank: perturbations that one forward evaluates together."""
+    """lora, low_rank, prefix: perturbations that one forward evaluates together."""
     rank: Positive = 8
     """lora: of the adapter; low_rank: of the noise."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
@@ -65,7 +66,9 @@ class Space(Section):
     alpha: PositiveFloat = 16.0
     """lora: the adapter's output is scaled by alpha / rank."""
     init: str | None = None
-    """lora: a folder with a PEFT adapter to start from, instead of PEFT's random first values."""
+    """lora, prefix: a folder with a PEFT adapter to start from, instead of random first values."""
+    tokens: Positive = 5
+    """prefix: virtual tokens."""
     refresh: Positive = 1
     """low_rank: steps between changes of the noise's right factors (LOZO's nu)."""
     others: Literal["frozen", "dense"] = "frozen"
@@ -82,8 +85,8 @@ class Space(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.kind == "lora" and self.master != "float32":
-            raise ValueError(f"master: {self.master}: an adapter is kept in float32")
+        if self.kind in ("lora", "prefix") and self.master != "float32":
+            raise ValueError(f"master: {self.master}: space.kind={self.kind} is kept in float32")
         for key, kinds in SPACE_KEYS.items():
             is_default = getattr(self, key) == type(self).model_fields[key].default
             if self.kind not in kinds and not is_default:
@@ -93,11 +96,12 @@ class Space(Section):
 
 # Keys of a space that only some kinds read.
 SPACE_KEYS = {
-    "slots": ("lora", "low_rank"),
+    "slots": ("lora", "low_rank", "prefix"),
     "rank": ("lora", "low_rank"),
     "targets": ("lora",),
     "alpha": ("lora",),
-    "init": ("lora",),
+    "init": ("lora", "prefix"),
+    "tokens": ("prefix",),
     "refresh": ("low_rank",),
     "others": ("low_rank",),
 }
@@ -227,7 +231,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.model.quantization is not None and self.space.kind != "lora":
+        if self.model.quantization is not None and self.space.kind not in ("lora", "prefix"):
             raise ValueError(
                 f"model.quantization: {self.model.quantization}: space.kind={self.space.kind} "
                 "trains the base weights, which must not be quantised"

@@ -5,7 +5,6 @@ that a probe leaves no trace (MeZO's in-place +eps, -2 eps, +eps drifts). Knows 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from orchestrator.export import write_model
 from orchestrator.noise import NoiseKind
 from orchestrator.parameters import CanonicalTensor
 from orchestrator.records import Probe, StepUpdate
-from orchestrator.space import Groups, Placed, TrainedTensor
+from orchestrator.space import Groups, Placed, Trained, TrainedTensor
 
 
 class DenseSpace:
@@ -27,63 +26,46 @@ class DenseSpace:
         self, tensors: Sequence[CanonicalTensor], *, noise: NoiseKind, master_dtype: torch.dtype
     ) -> None:
         device = tensors[0].live.device
-        self._noise = noise
-        self.tensors = [
-            TrainedTensor(
-                tensor.region,
-                tensor.shard,
-                tensor.initial.to(device, master_dtype, copy=True).contiguous(),
-                tensor.live,
-            )
-            for tensor in tensors
-        ]
-        self.restore()
+        self.trained = Trained(
+            [
+                TrainedTensor(
+                    tensor.region,
+                    tensor.shard,
+                    tensor.initial.to(device, master_dtype, copy=True).contiguous(),
+                    tensor.live,
+                )
+                for tensor in tensors
+            ],
+            noise,
+        )
+
+    @property
+    def tensors(self) -> list[TrainedTensor]:
+        return self.trained.tensors
 
     @property
     def num_parameters(self) -> int:
-        return space.num_parameters(self.tensors)
+        return self.trained.num_parameters
 
     def placed(self, probes: Sequence[Probe]) -> Groups:
-        with self.probing():
-            for probe in probes:
-                self.perturb(probe.seed, probe.sign * probe.eps)
-                yield [Placed(probe, self.adapter)]
-
-    @contextmanager
-    def probing(self) -> Iterator["DenseSpace"]:
-        """Within, `perturb` may be called any number of times; on leaving, all is as it was."""
-        try:
-            yield self
-        finally:
-            self.restore()
-
-    def perturb(self, seed: int, coefficient: float) -> None:
-        """live = master + coefficient * z(seed), whatever live held before."""
-        if coefficient == 0:
-            self.restore()
-            return
-        live = [tensor.live for tensor in self.tensors]
-        space.perturb(self.tensors, live, self._noise, seed, coefficient)
-
-    def restore(self) -> None:
-        """live = master, rounded to nearest."""
-        space.restore(self.tensors)
+        for probe in probes:
+            self.trained.perturb(probe.seed, probe.sign * probe.eps)
+            yield [Placed(probe, self.adapter)]
 
     def apply(self, update: StepUpdate) -> None:
-        space.add_noise(self.tensors, self._noise, update)
+        self.trained.apply(update)
+
+    def settle(self) -> None:
+        self.trained.settle()
 
     def digest(self) -> str:
-        return space.digest(self.tensors, lambda tensor: tensor.master)
-
-    def live_digest(self) -> str:
-        """Checksum of the weights that the engine runs with."""
-        return space.digest(self.tensors, lambda tensor: tensor.live)
+        return self.trained.digest()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights as the engine runs with them: canonical name, whole tensor on the CPU."""
-        self.restore()
+        self.settle()
         return space.assembled(
-            (tensor.region.name, tensor.shard, tensor.live) for tensor in self.tensors
+            (tensor.region.name, tensor.shard, tensor.live) for tensor in self.trained.tensors
         )
 
     def export(self, base: Path, folder: Path) -> None:

@@ -29,10 +29,12 @@ from torch import nn
 from orchestrator.adapters import AdapterPlan, AdapterSlots
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
+from orchestrator.prefix_slots import PrefixPlan, PrefixSlots
 from orchestrator.runner import ALONE, Runner, World
 
 MAX_BATCH_SEQUENCES = 256
 MAX_ROWS_PER_SOFTMAX = 1024  # bounds the float32 logits that exist at one time
+VIRTUAL_TOKEN = 0  # holds the place of a prefix slot's; never computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +130,16 @@ class Engine:
         load_format: str = "auto",
         quantization: str | None = None,
         adapters: AdapterPlan | None = None,
+        prefixes: PrefixPlan | None = None,
         world: World = ALONE,
     ) -> None:
         """Load the model.
 
         `model_path` is a folder in Hugging Face's layout; `device` "cpu" or "cuda"; `kv_tokens`
         the size of the KV pool; `load_format` "auto", or "dummy" for random weights;
-        `quantization` as SGLang names it; `adapters` the slots to make room for. Raises
-        ConfigError for a checkpoint that does not fit the model, and, unless `allow_fallback`,
-        where SGLang has no implementation of its own for the model's architecture.
+        `quantization` as SGLang names it; `adapters` and `prefixes` the slots to make room for.
+        Raises ConfigError for a checkpoint that does not fit the model, and, unless
+        `allow_fallback`, where SGLang has no implementation of its own for the architecture.
         """
         on_cpu = device == "cpu"
         self.device = device
@@ -172,6 +175,9 @@ class Engine:
         self.slots: AdapterSlots | None = None
         if adapters is not None:
             self.slots = AdapterSlots(runner, adapters, world.rank)
+        self.prefixes: PrefixSlots | None = None
+        if prefixes is not None:  # of the KV pool, before batches are told what it holds
+            self.prefixes = PrefixSlots(runner, prefixes, world.rank, world.size)
         self._head = ScoringHead(self.model.logits_processor)
         self.model.logits_processor = self._head
         self._allocator = runner.token_to_kv_pool_allocator
@@ -196,8 +202,15 @@ class Engine:
 
     @property
     def max_sequence_length(self) -> int:
-        """Longest sequence, in tokens, that a call may score."""
-        return int(min(self._runner.model_runner.model_config.context_len, self._kv_tokens))
+        """Longest sequence, in tokens, that a call may score, behind a prefix if there are any."""
+        num_virtual = self.prefixes.num_tokens if self.prefixes else 0
+        context = self._runner.model_runner.model_config.context_len - num_virtual
+        return int(min(context, self._kv_tokens))
+
+    @property
+    def kv_tokens(self) -> int:
+        """Size of the KV pool, in tokens, without the entries of prefix slots."""
+        return int(self._kv_tokens)
 
     def free_slots(self) -> tuple[int, int]:
         """KV slots (tokens) and request slots that are free or held by evictable entries."""
@@ -221,9 +234,10 @@ class Engine:
 
         The last token of a span is only a target, never an input: sequences that differ in no
         other token go through the model once. With a `namespace`, KV entries are looked up and
-        kept under that name; it must stand for one state of the weights. Without one nothing is
-        reused and nothing stays. Raises ValueError for a span that does not fit its sequence,
-        ConfigError for a sequence that, times the adapters, is longer than the KV pool.
+        kept under that name; it must stand for one state of the weights. Without one, and under
+        prefix slots, nothing is reused and nothing stays. Raises ValueError for a span that does
+        not fit its sequence, ConfigError for a sequence that, times the adapters, is longer than
+        the KV pool.
         """
         prompts: dict[tuple[int, ...], _Prompt] = {}
         pairs = []  # per sequence: its prompt, and what of it makes up the span
@@ -335,7 +349,10 @@ class Engine:
                 # A prefix may be reused up to the first scored position, which needs its logits.
                 first = min(position for position, _ in prompt.targets)
                 requests.append(self._request(prompt.tokens, namespace, first, adapter))
-            num_reused = sum(len(request.prefix_indices) for request in requests)
+            num_reused = sum(
+                self._num_reused(adapter, request)
+                for (adapter, _), request in zip(rows, requests, strict=True)
+            )
             forward_batch = self._forward_batch(self._schedule(requests))
             with self._head.scoring(*self._targets(rows, requests)):
                 output = self._runner.forward(forward_batch)
@@ -344,8 +361,8 @@ class Engine:
         finally:
             # Entries of a forward that failed must not be found later.
             keep = namespace is not None and scored
-            for request in requests:
-                self._release(request, keep)
+            for (adapter, _), request in zip(rows, requests, strict=False):
+                self._release(request, keep and self._prefix(adapter) is None)
         return [{pair: next(values) for pair in prompt.targets} for _, prompt in rows], num_reused
 
     def _schedule(self, requests: list[Req]) -> ScheduleBatch:
@@ -376,8 +393,8 @@ class Engine:
         """Flat positions of the batch that are scored, and the token to score at each (int64)."""
         positions, tokens = [], []
         start = 0
-        for (_, prompt), request in zip(rows, requests, strict=True):
-            num_reused = len(request.prefix_indices)
+        for (adapter, prompt), request in zip(rows, requests, strict=True):
+            num_reused = self._num_reused(adapter, request)
             for position, token in prompt.targets:
                 positions.append(start + position - num_reused)
                 tokens.append(token)
@@ -392,21 +409,37 @@ class Engine:
         adapter: str | None = None,
     ) -> Req:
         """A request whose hidden states are computed from position `first_needed` on, at least."""
+        prefix = self._prefix(adapter)
+        virtual = [] if prefix is None else [VIRTUAL_TOKEN] * len(prefix)
         request = Req(
             rid=str(next(self._request_ids)),
             origin_input_text="",
-            origin_input_ids=array("q", tokens),
+            origin_input_ids=array("q", [*virtual, *tokens]),
             sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
             return_logprob=True,
             extra_key=namespace,
-            lora_id=adapter,
+            lora_id=adapter if prefix is None else None,
         )
-        request.logprob_start_len = first_needed
-        request.init_next_round_input(None if namespace is None else self._cache)
+        request.logprob_start_len = len(virtual) + first_needed
+        is_cached = namespace is not None and prefix is None
+        request.init_next_round_input(self._cache if is_cached else None)
+        if prefix is not None:
+            request.prefix_indices = prefix
+            request.cache_protected_len = len(prefix)  # not to be freed with the request's own
         if request.last_node is not None:
             self._cache.inc_lock_ref(request.last_node)  # or making room could evict it
-        request.set_extend_range(len(request.prefix_indices), len(tokens))
+        request.set_extend_range(len(request.prefix_indices), len(request.origin_input_ids))
         return request
+
+    def _prefix(self, adapter: str | None) -> torch.Tensor | None:
+        """The KV entries that a row begins with; None where it names no prefix slot."""
+        if self.prefixes is None or adapter not in self.prefixes.names:
+            return None
+        return self.prefixes.entries(adapter)
+
+    def _num_reused(self, adapter: str | None, request: Req) -> int:
+        """Tokens of a row that were found in the cache; virtual ones are no tokens of it."""
+        return 0 if self._prefix(adapter) is not None else len(request.prefix_indices)
 
     def _release(self, request: Req, keep: bool) -> None:
         """Give a request's slots back, however far it came; keep its KV entries if asked."""
@@ -424,6 +457,7 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
+        self.slots = self.prefixes = None  # they hold views of the runner's pools
         del self._head, self._cache, self._allocator, self._requests
         self._runner.close()
 

@@ -1,8 +1,8 @@
 """Trained weights as folders that transformers, PEFT and SGLang load.
 
 Owns the folders' layout: weights under Hugging Face's names, and beside them what else the base
-model's folder holds (configuration, tokenizer); or PEFT's form of an adapter, which is read here
-too. Knows nothing of how the weights came to be.
+model's folder holds (configuration, tokenizer); or PEFT's form of an adapter or a prefix, which
+are read here too. Knows nothing of how the weights came to be.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +26,7 @@ COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 WEIGHT_INDEX = ".index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+PREFIX_TABLE = "prompt_embeddings"  # PEFT's name of a prefix, [tokens, columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +89,59 @@ def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, torch.Tensor]
 
     Raises ConfigError for what is no plain LoRA adapter.
     """
-    check_adapter(str(folder))
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        stored = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"space.init: {folder}: not a readable adapter: {reason}") from None
+    config, stored = _read(folder)
     if not isinstance(config, LoraConfig) or config.use_dora or config.bias != "none":
         raise ConfigError(f"space.init: {folder}: not a plain LoRA adapter (no DoRA, no biases)")
     factors = {name.removeprefix(PEFT_PREFIX): value for name, value in stored.items()}
     # PEFT may keep "all-linear" as such; the factors say what it came to.
     modules = sorted({name.split(".")[-3] for name in factors})
     return AdapterSettings(config.r, config.lora_alpha, tuple(modules)), factors
+
+
+def write_prefix(
+    base: Path, folder: Path, num_heads: int, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Write a prefix of the model in `base`: per layer keys, then values, [tokens, columns] each.
+
+    `num_heads` are those of keys and values.
+    """
+    parts = [value for _, value in tensors]
+    if not parts:
+        return
+    num_tokens, width = parts[0].shape
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
+        PrefixTuningConfig(
+            num_virtual_tokens=num_tokens,
+            num_layers=len(parts) // 2,
+            token_dim=width,
+            num_attention_heads=num_heads,
+            num_transformer_submodules=1,
+            base_model_name_or_path=str(base),
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+        ).save_pretrained(str(unfinished))
+        table = torch.cat(parts, dim=1)
+        save_file({PREFIX_TABLE: table}, unfinished / ADAPTER_WEIGHTS, {"format": "pt"})
+        unfinished.rename(folder)
+
+
+def read_prefix(folder: Path) -> torch.Tensor:
+    """A PEFT prefix, [tokens, columns]: per layer keys, then values, side by side.
+
+    Raises ConfigError for what is none.
+    """
+    config, stored = _read(folder)
+    if not isinstance(config, PrefixTuningConfig) or PREFIX_TABLE not in stored:
+        raise ConfigError(f"space.init: {folder}: not an adapter of PEFT's prefix tuning")
+    return stored[PREFIX_TABLE]
+
+
+def _read(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    check_adapter(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        return config, load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"space.init: {folder}: not a readable adapter: {reason}") from None

@@ -1,32 +1,29 @@
 """The lora space: an adapter is trained; the base weights are shared by all probes and untouched.
 
-Owns the adapter's float32 master. The first of the engine's slots holds the trained adapter, each
-of the others a perturbed copy of it, so that the rows of one batch evaluate many probes at once.
-Hu et al., LoRA, 2021; first values and names are PEFT's. Knows nothing of losses.
+Owns the adapter's first values and its export; its state is as in every slotted space. Hu et al.,
+LoRA, 2021; first values and names are PEFT's. Knows nothing of losses.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from orchestrator import noise, space
+from orchestrator import noise
 from orchestrator.adapters import AdapterSlots, Factor
 from orchestrator.config import ConfigError
 from orchestrator.export import AdapterSettings, write_adapter
 from orchestrator.noise import NoiseKind
-from orchestrator.parameters import region
-from orchestrator.records import Probe, StepUpdate
-from orchestrator.space import Groups, Placed, TrainedTensor
+from orchestrator.slotted import SlottedSpace, SlottedTensor
 
 Initial = Mapping[str, torch.Tensor]
 
 
-class LoraSpace:
-    """Master, trained slot and perturbed slots. See space.Space for what its methods promise."""
+class LoraSpace(SlottedSpace):
+    """An adapter in the engine's adapter slots."""
 
     def __init__(
         self,
@@ -41,53 +38,17 @@ class LoraSpace:
 
         Raises ConfigError where `initial` belongs to a model of other modules or shapes.
         """
-        self.adapter, *self._probe_slots = slots.names
         self._settings = settings
-        self._noise = noise_kind
-        device = slots.factors[0].views[0].device
         values = first_values(slots.factors, seed) if initial is None else initial
         _check_fit(slots.factors, values)
-        self.tensors = []
-        self._probe_views: list[list[torch.Tensor]] = [[] for _ in self._probe_slots]
-        for factor in slots.factors:
-            shard = factor.shard
-            master = values[factor.name][shard.cells].to(device, torch.float32, copy=True)
-            trained, *perturbed = factor.views
-            self.tensors.append(
-                TrainedTensor(region(factor.name, shard), shard, master.contiguous(), trained)
-            )
-            for views, view in zip(self._probe_views, perturbed, strict=True):
-                views.append(view)
-        space.restore(self.tensors)
-
-    @property
-    def num_parameters(self) -> int:
-        return space.num_parameters(self.tensors)
-
-    def placed(self, probes: Sequence[Probe]) -> Groups:
-        for start in range(0, len(probes), len(self._probe_slots)):
-            group = probes[start : start + len(self._probe_slots)]
-            for probe, views in zip(group, self._probe_views, strict=False):
-                coefficient = probe.sign * probe.eps
-                space.perturb(self.tensors, views, self._noise, probe.seed, coefficient)
-            yield [
-                Placed(probe, slot) for probe, slot in zip(group, self._probe_slots, strict=False)
-            ]
-
-    def apply(self, update: StepUpdate) -> None:
-        space.add_noise(self.tensors, self._noise, update)
-
-    def digest(self) -> str:
-        return space.digest(self.tensors, lambda tensor: tensor.master)
-
-    def factors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The trained factors: canonical name, whole float32 tensor on the CPU."""
-        return space.assembled(
-            (tensor.region.name, tensor.shard, tensor.master) for tensor in self.tensors
-        )
+        tensors = [
+            SlottedTensor(factor.name, factor.shard, values[factor.name], factor.views)
+            for factor in slots.factors
+        ]
+        super().__init__(slots.names, tensors, noise_kind)
 
     def export(self, base: Path, folder: Path) -> None:
-        write_adapter(base, folder, self._settings, self.factors())
+        write_adapter(base, folder, self._settings, self.values())
 
 
 def first_values(factors: Sequence[Factor], seed: int) -> dict[str, torch.Tensor]:

@@ -10,19 +10,19 @@ losses.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from orchestrator import noise, space
-from orchestrator.adapters import AdapterSlots
+from orchestrator.adapters import AdapterSlots, Factor
 from orchestrator.export import write_model
 from orchestrator.noise import NoiseKind, TensorRegion
 from orchestrator.parameters import CanonicalTensor
 from orchestrator.records import Probe, StepUpdate
-from orchestrator.space import Groups, Placed, TrainedTensor
+from orchestrator.space import Groups, Placed, Trained, TrainedTensor, table
+from orchestrator.sweeps import Draw, Factors, Slice, Table
 
 RIGHT_FACTORS = 2**32 - 1  # in place of a perturbation's number, where they are kept for steps
 
@@ -43,6 +43,7 @@ class _Matrix:
 class LowRankSpace:
     """Master, live weights and noise slots. See space.Space for what its methods promise.
 
+    A master of the live weights' dtype is the live weights themselves: probes do not touch them.
     Other parameters than matrices are frozen, or with `train_others` perturbed densely; then a
     forward evaluates one probe.
     """
@@ -61,138 +62,148 @@ class LowRankSpace:
         refresh: int = 1,
         train_others: bool = False,
     ) -> None:
-        device = tensors[0].live.device
         self._noise = noise_kind
-        self._sweeps = space.sweeps_for(device)
         self._slots = slots.names
         self._rank, self._run_seed, self._refresh = rank, run_seed, refresh
         self._all = list(tensors)
         factors = {factor.name: factor for factor in slots.factors}
         self._matrices: list[_Matrix] = []
-        self._others: list[TrainedTensor] = []
+        others = []
         for tensor in tensors:
-            name, shard = tensor.region.name, tensor.shard
-            path = name.removesuffix(".weight")
+            path = tensor.region.name.removesuffix(".weight")
             if f"{path}.lora_A.weight" in factors:
                 right, left = factors[f"{path}.lora_A.weight"], factors[f"{path}.lora_B.weight"]
-                shape = (shard.num_rows, shard.num_columns)
-                trained = TrainedTensor(
-                    tensor.region,
-                    shard,
-                    tensor.initial.to(device, master_dtype, copy=True).contiguous().view(shape),
-                    tensor.live.view(shape),
-                )
-                self._matrices.append(
-                    _Matrix(
-                        trained,
-                        TensorRegion(f"{name}.u", shard.first_row * rank, rank),
-                        TensorRegion(f"{name}.v", shard.first_column, shard.full_columns),
-                        left.views,
-                        right.views,
-                    )
-                )
+                self._matrices.append(self._matrix(tensor, master_dtype, left, right))
             elif train_others:
-                master = tensor.initial.to(device, master_dtype, copy=True).contiguous()
-                self._others.append(TrainedTensor(tensor.region, shard, master, tensor.live))
-        self._zeros = torch.zeros(
-            rank * max(max(matrix.tensor.master.shape) for matrix in self._matrices), device=device
+                others.append(_trained(tensor, master_dtype))
+        self._others = Trained(others, noise_kind)
+        self._trained = Trained([matrix.tensor for matrix in self._matrices], noise_kind)
+        self._draws: dict[int, Table] = {}
+        self._factors: tuple[list[Factors], Table] | None = None
+
+    def _matrix(
+        self, tensor: CanonicalTensor, master_dtype: torch.dtype, left: Factor, right: Factor
+    ) -> _Matrix:
+        name, shard, rank = tensor.region.name, tensor.shard, self._rank
+        return _Matrix(
+            _trained(tensor, master_dtype, (shard.num_rows, shard.num_columns)),
+            TensorRegion(f"{name}.u", shard.first_row * rank, rank),
+            TensorRegion(f"{name}.v", shard.first_column, shard.full_columns),
+            left.views,
+            right.views,
         )
-        space.restore(self.tensors)
 
     @property
     def tensors(self) -> list[TrainedTensor]:
         """All trained tensors."""
-        return [*(matrix.tensor for matrix in self._matrices), *self._others]
+        return [*self._trained.tensors, *self._others.tensors]
 
     @property
     def num_parameters(self) -> int:
-        return space.num_parameters(self.tensors)
+        return self._trained.num_parameters + self._others.num_parameters
 
     # ---------------------------------------------------------------- probes
 
     def placed(self, probes: Sequence[Probe]) -> Groups:
-        size = 1 if self._others else len(self._slots)
-        with self._probing():
-            for start in range(0, len(probes), size):
-                group = probes[start : start + size]
-                for slot, probe in enumerate(group):
-                    self._perturb(slot, probe)
-                yield [Placed(probe, name) for probe, name in zip(group, self._slots, strict=False)]
+        size = 1 if self._others.tensors else len(self._slots)
+        for start in range(0, len(probes), size):
+            group = probes[start : start + size]
+            if len(group) not in self._draws:
+                self._draws[len(group)] = self._slots_table(len(group))
+            draws = [self._factor_draws(p.step, p.seed, p.sign * p.eps) for p in group]
+            self._draws[len(group)].perturb(self._noise, [draw for pair in draws for draw in pair])
+            if self._others.tensors:
+                self._others.perturb(group[0].seed, group[0].sign * group[0].eps)
+            yield [Placed(probe, name) for probe, name in zip(group, self._slots, strict=False)]
 
-    @contextmanager
-    def _probing(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            space.restore(self._others)
+    def _slots_table(self, num_probes: int) -> Table:
+        """Writes sign * eps * z(seed) into slots."""
+        return table(
+            [
+                part
+                for slot in range(num_probes)
+                for matrix in self._matrices
+                for part in _factor_slices(
+                    matrix, matrix.left_slots[slot], matrix.right_slots[slot], slot
+                )
+            ]
+        )
 
-    def _perturb(self, slot: int, probe: Probe) -> None:
-        """Write sign * eps * z(seed) into a slot, and into the live weights that have none."""
-        coefficient = probe.sign * probe.eps
-        for matrix in self._matrices:
-            left, right = matrix.left_slots[slot], matrix.right_slots[slot]
-            self._draw(matrix, probe.step, probe.seed, left, right, coefficient)
-        others = [tensor.live for tensor in self._others]
-        space.perturb(self._others, others, self._noise, probe.seed, coefficient)
-
-    def _draw(
-        self,
-        matrix: _Matrix,
-        step: int,
-        seed: int,
-        left: torch.Tensor,
-        right: torch.Tensor,
-        coefficient: float = 1.0,
-    ) -> None:
-        """Write coefficient * u into `left` and v into `right`: the one function that makes z."""
+    def _factor_draws(self, step: int, seed: int, coefficient: float = 1.0) -> tuple[Draw, Draw]:
+        """How coefficient * u, and v, are drawn: the one function that makes z."""
         right_seed = seed
         if self._refresh > 1:
             first_step = step - step % self._refresh
             right_seed = noise.derive_seed(self._run_seed, first_step, RIGHT_FACTORS)
-        for target, region, key, scale in (
-            (left, matrix.left, seed, coefficient),
-            (right, matrix.right, right_seed, 1.0),
-        ):
-            zeros = self._zeros[: target.numel()].view(target.shape)
-            self._sweeps.perturb(
-                zeros, target, region, kind=self._noise, seed=key, coefficient=scale
-            )
+        return Draw(seed, coefficient), Draw(right_seed, 1.0)
 
     # ---------------------------------------------------------------- state
 
     def apply(self, update: StepUpdate) -> None:
-        num_seeds = len(update.seeds)
-        for matrix in self._matrices:
-            tensor = matrix.tensor
-            rows, columns = tensor.master.shape
-            left = self._zeros.new_empty(num_seeds, rows, self._rank)
-            right = self._zeros.new_empty(num_seeds, self._rank, columns)
-            for index, seed in enumerate(update.seeds):
-                self._draw(matrix, update.step, seed, left[index], right[index])
-            self._sweeps.low_rank_update(
-                tensor.master,
-                tensor.live,
-                tensor.region,
-                left=left,
-                right=right,
-                coefficients=update.coefficients,
-                decay=update.decay,
-                step=update.step,
-            )
-        space.add_noise(self._others, self._noise, update)
+        factors, draws_table = self._factors_of(len(update.seeds))
+        draws = [self._factor_draws(update.step, seed) for seed in update.seeds]
+        draws_table.perturb(self._noise, [draw for pair in draws for draw in pair])
+        self._trained.apply_low_rank(factors, update)
+        self._others.apply(update)
+
+    def _factors_of(self, num_seeds: int) -> tuple[list[Factors], Table]:
+        """Where an update's factors go, and the table that draws them; kept for the next step."""
+        if self._factors is None or len(self._factors[0][0].left) != num_seeds:
+            self._factors = None  # before the new ones take memory
+            device, rank = self._matrices[0].tensor.master.device, self._rank
+            factors: list[Factors] = []
+            slices: list[Slice] = []
+            for matrix in self._matrices:
+                rows, columns = matrix.tensor.master.shape
+                left = torch.empty(num_seeds, rows, rank, device=device)
+                right = torch.empty(num_seeds, rank, columns, device=device)
+                factors.append(Factors(left, right))
+                for seed in range(num_seeds):
+                    slices += _factor_slices(matrix, left[seed], right[seed], seed)
+            self._factors = factors, table(slices)
+        return self._factors
+
+    def settle(self) -> None:
+        self._others.settle()
 
     def digest(self) -> str:
-        return space.digest(self.tensors, lambda tensor: tensor.master)
+        return self._digest(live=False)
 
     def live_digest(self) -> str:
         """Checksum of the trained weights that the engine runs with."""
-        return space.digest(self.tensors, lambda tensor: tensor.live)
+        return self._digest(live=True)
+
+    def _digest(self, *, live: bool) -> str:
+        lines = self._trained.checksums(live=live) + self._others.checksums(live=live)
+        return space.digest(lines)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All weights as the engine runs with them: canonical name, whole tensor on the CPU."""
+        self.settle()
         return space.assembled(
             (tensor.region.name, tensor.shard, tensor.live) for tensor in self._all
         )
 
     def export(self, base: Path, folder: Path) -> None:
         write_model(base, folder, self.weights())
+
+
+def _trained(
+    tensor: CanonicalTensor, master_dtype: torch.dtype, shape: tuple[int, int] | None = None
+) -> TrainedTensor:
+    """The tensor as [rows, columns], of another shape than the canonical one's if asked."""
+    live = tensor.live.view(shape or tensor.live.shape)
+    master = live
+    if master_dtype is not live.dtype or shape is None:
+        master = tensor.initial.to(live.device, master_dtype, copy=True).contiguous()
+    return TrainedTensor(tensor.region, tensor.shard, master.view(live.shape), live)
+
+
+def _factor_slices(
+    matrix: _Matrix, left: torch.Tensor, right: torch.Tensor, number: int
+) -> tuple[Slice, Slice]:
+    """What draws u and v of a perturbation: the draws of number 0 come first, then those of 1."""
+    return (
+        Slice(matrix.left, None, left, 2 * number),
+        Slice(matrix.right, None, right, 2 * number + 1),
+    )

@@ -43,6 +43,7 @@ class Replica:
             allow_fallback=config.model.allow_fallback,
             quantization=config.model.quantization,
             adapters=plan.adapters,
+            prefixes=plan.prefixes,
         )
         self.space = plan.build(self.engine)
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
@@ -53,11 +54,11 @@ class Replica:
                 f"task.max_length: a sequence has {self._encoder.longest} tokens; model.kv_tokens "
                 f"and the model's context allow {self.engine.max_sequence_length}"
             )
-        if self._encoder.longest * plan.rows_per_sequence > config.model.kv_tokens:
+        if self._encoder.longest * plan.rows_per_sequence > self.engine.kv_tokens:
             raise ConfigError(
                 f"space.slots: {config.space.slots} times a sequence of {self._encoder.longest} "
-                f"tokens does not fit into model.kv_tokens, {config.model.kv_tokens}; raise that, "
-                "or lower space.slots"
+                f"tokens does not fit into the KV pool's {self.engine.kv_tokens}; raise "
+                "model.kv_tokens, or lower space.slots"
             )
         self._next_step = 0
         self.info = ReplicaInfo(
@@ -80,6 +81,7 @@ class Replica:
     ) -> list[ExampleScore]:
         """Option scores of examples under the trained state, unperturbed."""
         self._catch_up(updates)
+        self.space.settle()
         encodings = self._encoder.encode(split, examples)
         (scores,), _ = self._score(encodings, [self.space.adapter])
         return [

@@ -5,7 +5,7 @@ tensor-parallel ranks. How they are perturbed is each space's own.
 """
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ from orchestrator import sweeps_numba, sweeps_triton
 from orchestrator.noise import NoiseKind, TensorRegion
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.runner import gather_from_ranks, sum_over_ranks
-from orchestrator.sweeps import Sweeps
+from orchestrator.sweeps import Draw, Factors, Slice, Table
 from orchestrator.tensor_map import Shard
 
 
@@ -27,6 +27,10 @@ class Placed:
     probe: Probe
     adapter: str | None
 
+
+# Updates are held back until they have this many seeds: a replay then makes one pass over the
+# masters where single steps would make many.
+MAX_WAITING_SEEDS = 256
 
 Groups = Generator[list[Placed], None, None]
 
@@ -48,11 +52,14 @@ class Space(Protocol):
     def placed(self, probes: Sequence[Probe]) -> Groups:
         """The probes in groups; those of a group can be evaluated together, until the next.
 
-        When the iterator ends or is closed, all is as it was.
+        The trained state stays as it is; the engine's weights may stay perturbed until `settle`.
         """
 
     def apply(self, update: StepUpdate) -> None:
-        """Take one step."""
+        """Take one step, at the latest when it is needed."""
+
+    def settle(self) -> None:
+        """Make the engine's weights those of the trained state: before scoring unperturbed rows."""
 
     def digest(self) -> str:
         """Checksum (128 bits, hex) of the trained state, alike on any device at any tp_size."""
@@ -71,66 +78,90 @@ class TrainedTensor:
     live: torch.Tensor
 
 
-def sweeps_for(device: torch.device) -> Sweeps:
-    """The noise sweeps of a device."""
-    return sweeps_triton if device.type == "cuda" else sweeps_numba
+class Trained:
+    """Trained tensors that are swept together, and what they are yet to become.
+
+    Updates wait until the values are asked for, so that many become one pass over the masters, and
+    the last of them one pass with the perturbation that follows. The live weights hold the last
+    perturbation until `settle`.
+    """
+
+    def __init__(self, tensors: Sequence[TrainedTensor], noise: NoiseKind) -> None:
+        self.tensors = list(tensors)
+        self._noise = noise
+        self._table = table([Slice(part.region, part.master, part.live) for part in tensors])
+        self._waiting: list[StepUpdate] = []
+        self._is_settled = False
+        self.settle()
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements, over all ranks."""
+        counted = (part.master.numel() for part in self.tensors if part.shard.counted)
+        return sum_over_ranks([sum(counted)])[0]
+
+    def apply(self, update: StepUpdate) -> None:
+        """master = master * decay + sum of coefficient * z(seed), in order; before it is needed."""
+        self._waiting.append(update)
+        self._is_settled = False
+        if sum(len(waiting.seeds) for waiting in self._waiting) >= MAX_WAITING_SEEDS:
+            self.settle()
+
+    def perturb(self, seed: int, coefficient: float) -> None:
+        """live = master + coefficient * z(seed), whatever live held before."""
+        if coefficient == 0:
+            self.settle()
+            return
+        draw = Draw(seed, coefficient)
+        self._is_settled = False
+        if self._waiting:
+            self._table.update(self._noise, self._waiting, then=draw)
+            self._waiting.clear()
+        else:
+            self._table.perturb(self._noise, [draw])
+
+    def settle(self) -> None:
+        """Take the updates that wait; live = master, rounded to nearest."""
+        if not self._is_settled:
+            self._table.update(self._noise, self._waiting)
+            self._waiting.clear()
+            self._is_settled = True
+
+    def apply_low_rank(self, factors: Sequence[Factors], update: StepUpdate) -> None:
+        """Take a step along low-rank noise, one pair of factors a tensor."""
+        self.settle()
+        self._table.low_rank_update(factors, update)
+
+    def checksums(self, *, live: bool = False) -> list[str]:
+        """A line a tensor: its name and a checksum of its master, or of what live holds now."""
+        if not live:
+            self.settle()
+        own = self._table.digests(live=live)
+        counted = [
+            checksum if part.shard.counted else 0
+            for checksum, part in zip(own, self.tensors, strict=True)
+        ]
+        lines = []
+        for part, mine, checksum in zip(self.tensors, own, sum_over_ranks(counted), strict=True):
+            if part.shard.is_whole and mine != checksum:
+                raise RuntimeError(f"this rank's copy of {part.region.name} differs from rank 0's")
+            lines.append(f"{part.region.name} {checksum:016x}\n")
+        return lines
+
+    def digest(self, *, live: bool = False) -> str:
+        """Checksum (128 bits, hex) of the masters, or of what live holds now, over all ranks."""
+        return digest(self.checksums(live=live))
 
 
-def num_parameters(tensors: Iterable[TrainedTensor]) -> int:
-    """Elements, over all ranks."""
-    counted = (tensor.master.numel() for tensor in tensors if tensor.shard.counted)
-    return sum_over_ranks([sum(counted)])[0]
+def digest(checksums: Sequence[str]) -> str:
+    """Checksum (128 bits, hex) of tensors' checksums."""
+    return hashlib.blake2b("".join(checksums).encode(), digest_size=16).hexdigest()
 
 
-def restore(tensors: Iterable[TrainedTensor]) -> None:
-    """live = master, rounded to nearest."""
-    for tensor in tensors:
-        tensor.live.copy_(tensor.master)
-
-
-def perturb(
-    tensors: Sequence[TrainedTensor],
-    targets: Iterable[torch.Tensor],
-    kind: NoiseKind,
-    seed: int,
-    coefficient: float,
-) -> None:
-    """Write master + coefficient * z(seed) of each tensor into its target, of the same shape."""
-    for tensor, target in zip(tensors, targets, strict=True):
-        sweeps_for(target.device).perturb(
-            tensor.master, target, tensor.region, kind=kind, seed=seed, coefficient=coefficient
-        )
-
-
-def add_noise(tensors: Iterable[TrainedTensor], kind: NoiseKind, update: StepUpdate) -> None:
-    """master = master * decay + sum of coefficient * z(seed), in order; live follows."""
-    for tensor in tensors:
-        sweeps_for(tensor.live.device).update(
-            tensor.master,
-            tensor.live,
-            tensor.region,
-            kind=kind,
-            seeds=update.seeds,
-            coefficients=update.coefficients,
-            decay=update.decay,
-            step=update.step,
-        )
-
-
-def digest(tensors: Sequence[TrainedTensor], value: Callable[[TrainedTensor], torch.Tensor]) -> str:
-    """Checksum (128 bits, hex) of the tensors' masters or live values, over all ranks."""
-    sweeps = sweeps_for(tensors[0].live.device)
-    own = [sweeps.digest(value(tensor), tensor.region) for tensor in tensors]
-    counted = [
-        checksum if tensor.shard.counted else 0
-        for checksum, tensor in zip(own, tensors, strict=True)
-    ]
-    total = hashlib.blake2b(digest_size=16)
-    for tensor, mine, checksum in zip(tensors, own, sum_over_ranks(counted), strict=True):
-        if tensor.shard.is_whole and mine != checksum:
-            raise RuntimeError(f"this rank's copy of {tensor.region.name} differs from rank 0's")
-        total.update(f"{tensor.region.name} {checksum:016x}\n".encode())
-    return total.hexdigest()
+def table(slices: Sequence[Slice]) -> Table:
+    """A table of slices that all lie on one device."""
+    on_gpu = bool(slices) and slices[0].live.is_cuda
+    return sweeps_triton.Table(slices) if on_gpu else sweeps_numba.Table(slices)
 
 
 def assembled(

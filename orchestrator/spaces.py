@@ -17,10 +17,12 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import Config, ConfigError
 from orchestrator.dense import DenseSpace
 from orchestrator.engine import Engine
-from orchestrator.export import ADAPTER_WEIGHTS, AdapterSettings, read_adapter
+from orchestrator.export import ADAPTER_WEIGHTS, AdapterSettings, read_adapter, read_prefix
 from orchestrator.lora import LoraSpace
 from orchestrator.low_rank import LowRankSpace
 from orchestrator.parameters import canonical_tensors
+from orchestrator.prefix import PrefixSpace
+from orchestrator.prefix_slots import PrefixPlan
 from orchestrator.space import Space
 
 ALL_LINEAR = "all-linear"
@@ -34,18 +36,22 @@ class SpacePlan:
         self._config = config
         self._checkpoint = checkpoint
         self._initial: dict[str, torch.Tensor] | None = None
+        self._initial_prefix: torch.Tensor | None = None
         self.initial_hash = ""
         """Distinguishes runs that start from different adapters; empty for none."""
         self.adapters: AdapterPlan | None = None
-        """What the engine is to make room for."""
-        if config.space.kind != "dense":
+        self.prefixes: PrefixPlan | None = None
+        """What the engine is to make room for: slots of one kind or of the other."""
+        if config.space.kind == "prefix":
+            self.prefixes = self._plan_prefixes()
+        elif config.space.kind != "dense":
             self.adapters = self._plan_adapters()
             self._check_memory(self.adapters)
 
     @property
     def rows_per_sequence(self) -> int:
         """How often a sequence stands in a batch."""
-        return self._config.space.probes_per_group if self.adapters else 1
+        return self._config.space.probes_per_group if self.adapters or self.prefixes else 1
 
     def _plan_adapters(self) -> AdapterPlan:
         space = self._config.space
@@ -84,8 +90,28 @@ class SpacePlan:
                     f"space.init: {folder}: has {key} {theirs}; space.{key} is {ours}: set it to "
                     "the adapter's"
                 )
-        with (folder / ADAPTER_WEIGHTS).open("rb") as file:
-            self.initial_hash = "+" + hashlib.file_digest(file, "sha256").hexdigest()
+        self.initial_hash = _adapter_hash(folder)
+
+    def _plan_prefixes(self) -> PrefixPlan:
+        """Refuse more slots than the KV pool holds, and say how many fit."""
+        space, kv_tokens = self._config.space, self._config.model.kv_tokens
+        # Beside the slots and the trained prefix, a forward needs a token a row, at the least.
+        fit = max(0, kv_tokens - space.tokens) // (space.tokens + 1)
+        if space.slots > fit:
+            raise ConfigError(
+                f"space.slots: {space.slots} slots of {space.tokens} tokens do not fit into "
+                f"model.kv_tokens, {kv_tokens}; {fit // 2 * 2} do"
+            )
+        if space.init is not None:
+            folder = Path(space.init)
+            self._initial_prefix = read_prefix(folder)
+            if len(self._initial_prefix) != space.tokens:
+                raise ConfigError(
+                    f"space.init: {folder}: has {len(self._initial_prefix)} tokens; space.tokens "
+                    f"is {space.tokens}: set it to the adapter's"
+                )
+            self.initial_hash = _adapter_hash(folder)
+        return PrefixPlan(space.slots + 1, space.tokens)
 
     def _check_memory(self, plan: AdapterPlan) -> None:
         """Refuse more slots than there is memory for, and say how many fit."""
@@ -105,7 +131,7 @@ class SpacePlan:
             )
 
     def build(self, engine: Engine) -> Space:
-        """The space, over an engine that was made with `adapters`.
+        """The space, over an engine that was made with `adapters` and `prefixes`.
 
         Raises ConfigError where SGLang gives adapters to fewer modules than are to have them.
         """
@@ -120,6 +146,14 @@ class SpacePlan:
                 noise_kind=estimator.noise,
                 seed=config.run.seed,
                 initial=self._initial,
+            )
+        if space.kind == "prefix":
+            assert engine.prefixes is not None
+            return PrefixSpace(
+                engine.prefixes,
+                noise_kind=estimator.noise,
+                seed=config.run.seed,
+                initial=self._initial_prefix,
             )
         tensors = canonical_tensors(engine.model, self._checkpoint, rank)
         choices: dict[str, Any] = {"master_dtype": getattr(torch, space.master)}
@@ -151,6 +185,11 @@ class SpacePlan:
                     f"model's {len(wanted[module])} {module}; name others in space.targets, or "
                     "choose space.kind=dense"
                 )
+
+
+def _adapter_hash(folder: Path) -> str:
+    with (folder / ADAPTER_WEIGHTS).open("rb") as file:
+        return "+" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _free_bytes(device: str) -> int:

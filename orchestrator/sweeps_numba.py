@@ -6,7 +6,8 @@ the bits that noise.py specifies, whatever the number of threads. It does not kn
 come from, what seeds and coefficients mean, or how many threads it should use.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,16 @@ from orchestrator.noise import (
     split_words,
     tensor_word,
 )
-from orchestrator.sweeps import check_counts, check_factors, check_layout, require_unit_columns
+from orchestrator.records import StepUpdate
+from orchestrator.sweeps import (
+    Draw,
+    Factors,
+    Slice,
+    check_counts,
+    check_factors,
+    check_layout,
+    masters,
+)
 
 TILE = 4096  # elements: one thread's scratch then fits in 48 KiB of first-level cache
 SCRATCH = TILE + 2 * RADEMACHER_BLOCK  # elements: a tile may begin and end inside a block
@@ -80,100 +90,104 @@ class Source(NamedTuple):
     magnitude_bits: NDArray[np.uint32]
 
 
-def perturb(
-    master: torch.Tensor,
-    live: torch.Tensor,
-    region: TensorRegion,
-    *,
-    kind: NoiseKind,
-    seed: int,
-    coefficient: float,
+class Table:
+    """See sweeps.Table."""
+
+    def __init__(self, slices: Sequence[Slice]) -> None:
+        for part in slices:
+            check_layout(part)
+        self._slices = list(slices)
+        empty = [part.live.numel() for part in slices if part.master is None]
+        self._zeros = torch.zeros(max(empty, default=0))
+
+    def perturb(self, kind: NoiseKind, draws: Sequence[Draw]) -> None:
+        for part in self._slices:
+            master = part.master
+            if master is None:
+                master = self._zeros[: part.live.numel()].view(part.live.shape)
+            _perturb_slice(kind, part, master, draws[part.draw])
+
+    def update(
+        self, kind: NoiseKind, updates: Sequence[StepUpdate], then: Draw | None = None
+    ) -> None:
+        check_counts(updates)
+        for part, master in zip(self._slices, masters(self._slices), strict=True):
+            for update in updates:
+                _update_slice(kind, part, master, update)
+            if then is not None:
+                _perturb_slice(kind, part, master, then)
+            elif not updates:
+                part.live.copy_(master)
+
+    def low_rank_update(self, factors: Sequence[Factors], update: StepUpdate) -> None:
+        check_counts([update])
+        all_masters = masters(self._slices)
+        for master, pair in zip(all_masters, factors, strict=True):
+            check_factors(master, pair, len(update.seeds))
+        for part, master, pair in zip(self._slices, all_masters, factors, strict=True):
+            _update_slice_by_factors(part, master, pair, update)
+
+    def digests(self, *, live: bool = False) -> list[int]:
+        values = [part.live for part in self._slices] if live else masters(self._slices)
+        return [
+            int(np.sum(_digest(_patterns(value), _frame(value, part.region)), dtype=np.uint64))
+            for part, value in zip(self._slices, values, strict=True)
+        ]
+
+
+def _perturb_slice(kind: NoiseKind, part: Slice, master: torch.Tensor, draw: Draw) -> None:
+    with _writable(part.live) as target:
+        _perturb(
+            _patterns(master),
+            _patterns(target),
+            _frame(target, part.region),
+            _source(kind, part.region),
+            _keys([draw.seed])[0],
+            np.float32(draw.coefficient),
+        )
+
+
+def _update_slice(kind: NoiseKind, part: Slice, master: torch.Tensor, update: StepUpdate) -> None:
+    with _writable(part.live) as target:
+        _update(
+            _patterns(master),
+            _patterns(target),
+            _frame(target, part.region),
+            _source(kind, part.region),
+            _keys(update.seeds),
+            np.array(update.coefficients, np.float32),
+            np.float32(update.decay),
+            _keys([update.step])[0],
+        )
+
+
+def _update_slice_by_factors(
+    part: Slice, master: torch.Tensor, factors: Factors, update: StepUpdate
 ) -> None:
-    """See sweeps.Sweeps.perturb."""
-    target = _target(master, live)
-    _perturb(
-        _patterns(master),
-        _patterns(target),
-        _frame(target, region),
-        _source(kind, region),
-        _keys([seed])[0],
-        np.float32(coefficient),
-    )
-    if target is not live:
-        live.copy_(target)
+    with _writable(part.live) as target:
+        _low_rank_update(
+            _patterns(master),
+            _patterns(target),
+            _frame(target, part.region),
+            factors.left.numpy(),
+            factors.right.numpy(),
+            low_rank_scale(factors.left.shape[2]),
+            np.array(update.coefficients, np.float32),
+            np.float32(update.decay),
+            np.uint32(tensor_word(part.region.name)),
+            _keys([update.step])[0],
+        )
 
 
-def update(
-    master: torch.Tensor,
-    live: torch.Tensor,
-    region: TensorRegion,
-    *,
-    kind: NoiseKind,
-    seeds: Sequence[int],
-    coefficients: Sequence[float],
-    decay: float,
-    step: int,
-) -> None:
-    """See sweeps.Sweeps.update."""
-    check_counts(seeds, coefficients)
-    target = _target(master, live)
-    _update(
-        _patterns(master),
-        _patterns(target),
-        _frame(target, region),
-        _source(kind, region),
-        _keys(seeds),
-        np.array(coefficients, np.float32),
-        np.float32(decay),
-        _keys([step])[0],
-    )
-    if target is not live:
-        live.copy_(target)
-
-
-def low_rank_update(
-    master: torch.Tensor,
-    live: torch.Tensor,
-    region: TensorRegion,
-    *,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    coefficients: Sequence[float],
-    decay: float,
-    step: int,
-) -> None:
-    """See sweeps.Sweeps.low_rank_update."""
-    check_factors(master, left, right, coefficients)
-    target = _target(master, live)
-    _low_rank_update(
-        _patterns(master),
-        _patterns(target),
-        _frame(target, region),
-        left.numpy(),
-        right.numpy(),
-        low_rank_scale(left.shape[2]),
-        np.array(coefficients, np.float32),
-        np.float32(decay),
-        np.uint32(tensor_word(region.name)),
-        _keys([step])[0],
-    )
-    if target is not live:
-        live.copy_(target)
-
-
-def digest(values: torch.Tensor, region: TensorRegion) -> int:
-    """See sweeps.Sweeps.digest."""
-    require_unit_columns(values)
-    partial_sums = _digest(_patterns(values), _frame(values, region))
-    return int(np.sum(partial_sums, dtype=np.uint64))
-
-
-def _target(master: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+@contextmanager
+def _writable(live: torch.Tensor) -> Iterator[torch.Tensor]:
     """Where the kernels write: live itself, or float32 that torch then rounds to float16."""
-    check_layout(master, live)
-    if live.dtype is torch.float16:
-        return torch.empty(live.shape, dtype=torch.float32)
-    return live
+    if live.dtype is not torch.float16:
+        yield live
+        return
+    wide = torch.empty(live.shape, dtype=torch.float32)
+    yield wide
+    live.copy_(wide)
 
 
 def _patterns(values: torch.Tensor) -> NDArray[Any]:

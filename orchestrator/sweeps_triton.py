@@ -1,14 +1,18 @@
 """Sweeps over slices of parameters on a CUDA device, in Triton: perturb, update and digest.
 
-Owns the device form of noise version 1. A sweep is one launch that reads and writes each element
-once; noise exists only in registers. The results are the bits that noise.py specifies. Launches
-forbid fused multiply-add, which would round differently from a CPU. It does not know where slices
-come from or what seeds and coefficients mean.
+Owns the launches: one for all slices of the same dtypes, whatever their number, driven by a table
+of addresses on the device. Noise exists only in registers; each element is read and written once.
+The results are the bits that noise.py specifies. It does not know where slices come from or what
+seeds and coefficients mean.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -21,15 +25,34 @@ from orchestrator.noise import (
     GAUSSIAN_BLOCK,
     RADEMACHER_BLOCK,
     NoiseKind,
-    Stream,
-    TensorRegion,
     gaussian_magnitudes,
     low_rank_scale,
     tensor_word,
 )
-from orchestrator.sweeps import check_counts, check_factors, check_layout, require_unit_columns
+from orchestrator.noise_triton import (
+    BITS_PER_BLOCK,
+    HALFWORDS_PER_BLOCK,
+    ROUNDING,
+    block_halfwords,
+    draw,
+    load,
+    round_stochastic,
+    rounding_bits,
+    store_exact,
+    store_nearest,
+)
+from orchestrator.records import StepUpdate
+from orchestrator.sweeps import (
+    Draw,
+    Factors,
+    Slice,
+    check_counts,
+    check_factors,
+    check_layout,
+    masters,
+)
 
-# Elements of one program. Rademacher tiles are larger: a block of words serves more elements.
+# Elements of one program, a multiple of the noise's blocks.
 GAUSSIAN_TILE = 1024
 RADEMACHER_TILE = 4096
 DIGEST_TILE = 1024
@@ -37,186 +60,288 @@ DIGEST_TILE = 1024
 # would take registers from the programs that hide the memory's latency.
 LOW_RANK_ROWS = 4
 LOW_RANK_COLUMNS = 512
-MAGNITUDE_COUNT = 1024
+VECTOR_BYTES = 16
+VECTOR_ELEMENTS = 8  # whose 16-bit values fill a vector
 
-HALFWORDS_PER_BLOCK = tl.constexpr(GAUSSIAN_BLOCK)
-BITS_PER_BLOCK = tl.constexpr(RADEMACHER_BLOCK)
-PERTURBATION = tl.constexpr(int(Stream.PERTURBATION))
-ROUNDING = tl.constexpr(int(Stream.ROUNDING))
 DIGEST_INDEX = tl.constexpr(DIGEST_INDEX_MULTIPLIER)
 DIGEST_BITS = tl.constexpr(DIGEST_BITS_MULTIPLIER)
 DIGEST_MIX_0 = tl.constexpr(DIGEST_MIX_MULTIPLIERS[0])
 DIGEST_MIX_1 = tl.constexpr(DIGEST_MIX_MULTIPLIERS[1])
-EXPONENT_BITS = tl.constexpr(0x7F800000)
-BFLOAT16_NAN = tl.constexpr(0x7FC0)
+ALIGNED_BYTES = tl.constexpr(VECTOR_BYTES)
+ALIGNED_ELEMENTS = tl.constexpr(VECTOR_ELEMENTS)
 
 
-class Cut(NamedTuple):
-    """How a slice is cut into tiles, one a program.
+class Field(IntEnum):
+    """What the device's table says of a slice, one int64 each."""
 
-    Tiles begin where blocks of words begin. A slice is `aligned` if all its rows do so too, which
-    lets the kernels load and store whole vectors.
+    MASTER = 0
+    LIVE = 1
+    ROWS = 2
+    COLUMNS = 3
+    LIVE_STRIDE = 4
+    START = 5
+    ROW_STRIDE = 6
+    NAME_WORD = 7
+    DRAW = 8
+    FIRST_PROGRAM = 9
+    TILES = 10
+    LEFT = 11
+    RIGHT = 12
+
+
+NUM_FIELDS = tl.constexpr(16)
+MASTER = tl.constexpr(int(Field.MASTER))
+LIVE = tl.constexpr(int(Field.LIVE))
+ROWS = tl.constexpr(int(Field.ROWS))
+COLUMNS = tl.constexpr(int(Field.COLUMNS))
+LIVE_STRIDE = tl.constexpr(int(Field.LIVE_STRIDE))
+START = tl.constexpr(int(Field.START))
+ROW_STRIDE = tl.constexpr(int(Field.ROW_STRIDE))
+NAME_WORD = tl.constexpr(int(Field.NAME_WORD))
+DRAW = tl.constexpr(int(Field.DRAW))
+FIRST_PROGRAM = tl.constexpr(int(Field.FIRST_PROGRAM))
+TILES = tl.constexpr(int(Field.TILES))
+LEFT = tl.constexpr(int(Field.LEFT))
+RIGHT = tl.constexpr(int(Field.RIGHT))
+
+POINTED = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.uint16,  # rounded with integers, alike on every device
+    None: None,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How slices are cut into programs.
+
+    `columns` is a multiple of `block`, the elements that one block of random words serves. Tiles
+    begin where blocks begin. With one row a tile, slices whose rows are adjacent count as one row.
     """
 
-    programs: int
-    tiles_per_row: int
-    tile: int
-    aligned: bool
+    block: int
+    columns: int
+    rows: int = 1
 
 
-def perturb(
-    master: torch.Tensor,
-    live: torch.Tensor,
-    region: TensorRegion,
-    *,
-    kind: NoiseKind,
-    seed: int,
-    coefficient: float,
-) -> None:
-    """See sweeps.Sweeps.perturb."""
-    check_layout(master, live)
-    cut = _cut(master, region, kind)
-    with torch.cuda.device_of(master):
-        _perturb[(cut.programs,)](
-            _patterns(master),
-            _patterns(live),
-            _magnitudes(master.device),
-            cut.tiles_per_row,
-            master.shape[1],
-            live.stride(0),
-            region.start,
-            region.row_stride,
-            tensor_word(region.name),
-            seed,
-            coefficient,
-            GAUSSIAN=kind == "gaussian",
-            ALIGNED=cut.aligned,
-            TILE=cut.tile,
-            enable_fp_fusion=False,
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Slices that one kernel sweeps over, each program a tile of one of them."""
+
+    indices: tuple[int, ...]
+    """The slices' places in the table."""
+    fields: torch.Tensor
+    """What each slice is: int64 [slices, 16], see Field."""
+    owners: torch.Tensor
+    """Each program's slice: int32 [programs]."""
+    constants: dict[str, Any]
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (len(self.owners),)
+
+
+class Table:
+    """See sweeps.Table."""
+
+    def __init__(self, slices: Sequence[Slice]) -> None:
+        for part in slices:
+            check_layout(part)
+        self._slices = list(slices)
+        self._device = slices[0].live.device if slices else torch.device("cuda")
+        self._launches: dict[Tiling, list[Launch]] = {}
+
+    def perturb(self, kind: NoiseKind, draws: Sequence[Draw]) -> None:
+        seeds = self._unsigned([draw.seed for draw in draws])
+        coefficients = self._floats([draw.coefficient for draw in draws])
+        for launch in self._cut(_tiling(kind)):
+            _perturb[launch.grid](
+                launch.fields,
+                launch.owners,
+                seeds,
+                coefficients,
+                _magnitudes(self._device),
+                GAUSSIAN=kind == "gaussian",
+                enable_fp_fusion=False,
+                **launch.constants,
+            )
+
+    def update(
+        self, kind: NoiseKind, updates: Sequence[StepUpdate], then: Draw | None = None
+    ) -> None:
+        masters(self._slices)
+        check_counts(updates)
+        last = [] if then is None else [then]
+        seeds = [seed for update in updates for seed in update.seeds]
+        coefficients = [value for update in updates for value in update.coefficients]
+        numbers = (
+            self._unsigned(seeds + [draw.seed for draw in last]),
+            self._floats(coefficients + [draw.coefficient for draw in last]),
+            self._unsigned([update.step for update in updates]),
+            self._floats([update.decay for update in updates]),
+            self._counts(list(accumulate(len(update.seeds) for update in updates))),
+        )
+        for launch in self._cut(_tiling(kind)):
+            _update[launch.grid](
+                launch.fields,
+                launch.owners,
+                *numbers,
+                len(updates),
+                len(seeds),
+                _magnitudes(self._device),
+                GAUSSIAN=kind == "gaussian",
+                THEN=then is not None,
+                enable_fp_fusion=False,
+                **launch.constants,
+            )
+
+    def low_rank_update(self, factors: Sequence[Factors], update: StepUpdate) -> None:
+        check_counts([update])
+        for master, pair in zip(masters(self._slices), factors, strict=True):
+            check_factors(master, pair, len(update.seeds))
+        ranks = {pair.left.shape[2] for pair in factors}
+        if len(ranks) > 1:
+            raise ValueError(f"factors of several ranks: {sorted(ranks)}")
+        coefficients = self._floats(update.coefficients)
+        for launch in self._cut(Tiling(GAUSSIAN_BLOCK, LOW_RANK_COLUMNS, LOW_RANK_ROWS)):
+            chosen = [factors[index] for index in launch.indices]
+            launch.fields[:, Field.LEFT : Field.RIGHT + 1] = torch.tensor(
+                [[pair.left.data_ptr(), pair.right.data_ptr()] for pair in chosen]
+            )
+            rank = chosen[0].left.shape[2]
+            _low_rank_update[launch.grid](
+                launch.fields,
+                launch.owners,
+                coefficients,
+                len(update.seeds),
+                update.step,
+                update.decay,
+                float(low_rank_scale(rank)),
+                RANK=rank,
+                ROWS_A_TILE=LOW_RANK_ROWS,
+                enable_fp_fusion=False,
+                **launch.constants,
+            )
+
+    def digests(self, *, live: bool = False) -> list[int]:
+        values = [part.live for part in self._slices] if live else masters(self._slices)
+        sums = [0] * len(self._slices)
+        for launch in self._cut(Tiling(1, DIGEST_TILE)):
+            partial = torch.empty(launch.grid, dtype=torch.int64, device=self._device)
+            _digest[launch.grid](
+                launch.fields,
+                launch.owners,
+                partial,
+                OF_LIVE=live,
+                BITS=_bits(values[launch.indices[0]].dtype),
+                TILE=DIGEST_TILE,
+            )
+            own = torch.zeros(len(launch.indices), dtype=torch.int64, device=self._device)
+            own.index_add_(0, launch.owners, partial)
+            for index, total in zip(launch.indices, own.tolist(), strict=True):
+                sums[index] = total % 2**64
+        return sums
+
+    def _cut(self, tiling: Tiling) -> list[Launch]:
+        if tiling not in self._launches:
+            groups = defaultdict(list)
+            for index, part in enumerate(self._slices):
+                if part.live.numel():
+                    groups[_constants(part, tiling)].append(index)
+            self._launches[tiling] = [
+                self._launch(tiling, indices, dict(constants))
+                for constants, indices in groups.items()
+            ]
+        return self._launches[tiling]
+
+    def _launch(self, tiling: Tiling, indices: list[int], constants: dict[str, Any]) -> Launch:
+        rows: list[list[int]] = []
+        counts: list[int] = []
+        for index in indices:
+            part = self._slices[index]
+            fields, count = _described(part, tiling, constants["ALIGNED"])
+            fields[Field.FIRST_PROGRAM] = sum(counts)
+            rows.append(fields)
+            counts.append(count)
+        owners = torch.arange(len(indices), dtype=torch.int32)
+        return Launch(
+            tuple(indices),
+            torch.tensor(rows, dtype=torch.int64).to(self._device),
+            owners.repeat_interleave(torch.tensor(counts)).to(self._device),
+            constants,
         )
 
+    def _unsigned(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.uint64).to(self._device, non_blocking=True)
 
-def update(
-    master: torch.Tensor,
-    live: torch.Tensor,
-    region: TensorRegion,
-    *,
-    kind: NoiseKind,
-    seeds: Sequence[int],
-    coefficients: Sequence[float],
-    decay: float,
-    step: int,
-) -> None:
-    """See sweeps.Sweeps.update."""
-    check_counts(seeds, coefficients)
-    check_layout(master, live)
-    cut = _cut(master, region, kind)
-    with torch.cuda.device_of(master):
-        _update[(cut.programs,)](
-            _patterns(master),
-            _patterns(live),
-            _magnitudes(master.device),
-            torch.tensor(seeds, dtype=torch.uint64).to(master.device, non_blocking=True),
-            torch.tensor(coefficients, dtype=torch.float32).to(master.device, non_blocking=True),
-            len(seeds),
-            cut.tiles_per_row,
-            master.shape[1],
-            live.stride(0),
-            region.start,
-            region.row_stride,
-            tensor_word(region.name),
-            step,
-            decay,
-            GAUSSIAN=kind == "gaussian",
-            ALIGNED=cut.aligned,
-            TILE=cut.tile,
-            enable_fp_fusion=False,
-        )
+    def _floats(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32).to(self._device, non_blocking=True)
+
+    def _counts(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32).to(self._device, non_blocking=True)
 
 
-def low_rank_update(
-    master: torch.Tensor,
-    live: torch.Tensor,
-    region: TensorRegion,
-    *,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    coefficients: Sequence[float],
-    decay: float,
-    step: int,
-) -> None:
-    """See sweeps.Sweeps.low_rank_update."""
-    check_factors(master, left, right, coefficients)
-    check_layout(master, live)
-    rows, columns = master.shape
-    # only rounding bits come in blocks, and a float32 master draws none
-    aligned = master.dtype is torch.float32 or _rows_begin_blocks(region, GAUSSIAN_BLOCK)
-    tiles_down = triton.cdiv(rows, LOW_RANK_ROWS)
-    tiles = triton.cdiv(columns if aligned else columns + GAUSSIAN_BLOCK - 1, LOW_RANK_COLUMNS)
-    with torch.cuda.device_of(master):
-        _low_rank_update[(tiles_down * tiles,)](
-            _patterns(master),
-            _patterns(live),
-            left,
-            right,
-            torch.tensor(coefficients, dtype=torch.float32).to(master.device, non_blocking=True),
-            len(coefficients),
-            tiles_down,
-            rows,
-            columns,
-            live.stride(0),
-            region.start,
-            region.row_stride,
-            tensor_word(region.name),
-            step,
-            float(low_rank_scale(left.shape[2])),
-            decay,
-            RANK=left.shape[2],
-            ALIGNED=aligned,
-            ROWS=LOW_RANK_ROWS,
-            COLUMNS=LOW_RANK_COLUMNS,
-            enable_fp_fusion=False,
-        )
+def _bits(dtype: torch.dtype) -> tl.dtype:
+    return tl.uint32 if dtype is torch.float32 else tl.uint16
 
 
-def digest(values: torch.Tensor, region: TensorRegion) -> int:
-    """See sweeps.Sweeps.digest. Waits for the device."""
-    require_unit_columns(values)
-    rows, columns = values.shape
-    tiles = triton.cdiv(columns, DIGEST_TILE)
-    partial_sums = torch.empty(rows * tiles, dtype=torch.int64, device=values.device)
-    bits = values.view(torch.uint32 if values.dtype is torch.float32 else torch.uint16)
-    with torch.cuda.device_of(values):
-        _digest[(rows * tiles,)](
-            bits,
-            partial_sums,
-            tiles,
-            columns,
-            values.stride(0),
-            region.start,
-            region.row_stride,
-            TILE=DIGEST_TILE,
-        )
-    return int(partial_sums.sum()) % 2**64
+def _tiling(kind: NoiseKind) -> Tiling:
+    if kind == "gaussian":
+        return Tiling(GAUSSIAN_BLOCK, GAUSSIAN_TILE)
+    return Tiling(RADEMACHER_BLOCK, RADEMACHER_TILE)
 
 
-def _patterns(values: torch.Tensor) -> torch.Tensor:
-    """bfloat16 as uint16: the kernels round it with integers, alike on every device."""
-    return values.view(torch.uint16) if values.dtype is torch.bfloat16 else values
+def _constants(part: Slice, tiling: Tiling) -> tuple[tuple[str, Any], ...]:
+    """What a kernel is compiled for; slices that agree in it share a launch."""
+    is_live_master = part.master is not None and part.live.data_ptr() == part.master.data_ptr()
+    served = None if is_live_master else part.live.dtype
+    stored = None if part.master is None else part.master.dtype
+    return (
+        ("STORED", POINTED[stored]),
+        ("SERVED", POINTED[served]),
+        ("ALIGNED", _is_aligned(part, tiling)),
+        ("TILE", tiling.columns),
+    )
 
 
-def _cut(master: torch.Tensor, region: TensorRegion, kind: NoiseKind) -> Cut:
-    rows, columns = master.shape
-    block = GAUSSIAN_BLOCK if kind == "gaussian" else RADEMACHER_BLOCK
-    tile = GAUSSIAN_TILE if kind == "gaussian" else RADEMACHER_TILE
-    aligned = _rows_begin_blocks(region, block)
-    tiles = triton.cdiv(columns if aligned else columns + block - 1, tile)
-    return Cut(rows * tiles, tiles, tile, aligned)
+def _shape(part: Slice, tiling: Tiling) -> tuple[int, int]:
+    rows, columns = part.live.shape
+    is_one_row = part.live.is_contiguous() and part.region.row_stride == columns
+    return (1, rows * columns) if is_one_row and tiling.rows == 1 else (rows, columns)
 
 
-def _rows_begin_blocks(region: TensorRegion, block: int) -> bool:
-    """Whether all rows of a slice begin where blocks of words begin."""
-    return region.start % block == 0 and region.row_stride % block == 0
+def _is_aligned(part: Slice, tiling: Tiling) -> bool:
+    """Whether all rows begin with a block of words and are made of whole vectors."""
+    rows, columns = _shape(part, tiling)
+    tensors = [part.live] if part.master is None else [part.live, part.master]
+    begins = [part.region.start, *([part.region.row_stride] if rows > 1 else [])]
+    widths = [columns, *([part.live.stride(0)] if rows > 1 else [])]
+    return (
+        all(begin % tiling.block == 0 for begin in begins)
+        and all(width % VECTOR_ELEMENTS == 0 for width in widths)
+        and all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
+    )
+
+
+def _described(part: Slice, tiling: Tiling, aligned: bool) -> tuple[list[int], int]:
+    """A slice's fields, and the number of its programs."""
+    rows, columns = _shape(part, tiling)
+    reach = columns if aligned else columns + tiling.block - 1  # a tile may begin before its row
+    across, down = triton.cdiv(reach, tiling.columns), triton.cdiv(rows, tiling.rows)
+    fields = [0] * NUM_FIELDS.value
+    fields[Field.MASTER] = 0 if part.master is None else part.master.data_ptr()
+    fields[Field.LIVE] = part.live.data_ptr()
+    fields[Field.ROWS] = rows
+    fields[Field.COLUMNS] = columns
+    fields[Field.LIVE_STRIDE] = part.live.stride(0)
+    fields[Field.START] = part.region.start
+    fields[Field.ROW_STRIDE] = part.region.row_stride
+    fields[Field.NAME_WORD] = tensor_word(part.region.name)
+    fields[Field.DRAW] = part.draw
+    # Low-rank tiles that follow each other lie below each other: they share right factors.
+    fields[Field.TILES] = across if tiling.rows == 1 else down
+    return fields, across * down
 
 
 @cache
@@ -224,283 +349,214 @@ def _magnitudes(device: torch.device) -> torch.Tensor:
     return torch.tensor(gaussian_magnitudes(), device=device)
 
 
-@triton.jit(do_not_specialize=["tiles", "start", "row_stride", "name_word", "seed"])
+@triton.jit
 def _perturb(
-    master: tl.tensor,
-    live: tl.tensor,
-    magnitudes: tl.tensor,
-    tiles: tl.int32,
-    columns: tl.int64,
-    live_stride: tl.int64,
-    start: tl.int64,
-    row_stride: tl.int64,
-    name_word: tl.uint32,
-    seed: tl.uint64,
-    coefficient: tl.float32,
-    GAUSSIAN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
-    row, column, index = _tile(tiles, start, row_stride, GAUSSIAN, ALIGNED, TILE)
-    inside = (column >= 0) & (column < columns)
-    value = _load(master, row * columns + column, inside)
-    z = _noise(seed, name_word, index, magnitudes, GAUSSIAN, TILE)
-    _store_nearest(live, row * live_stride + column, value + coefficient * z, inside)
-
-
-@triton.jit(
-    do_not_specialize=["count", "tiles", "start", "row_stride", "name_word", "step"],
-)
-def _update(
-    master: tl.tensor,
-    live: tl.tensor,
-    magnitudes: tl.tensor,
+    fields: tl.tensor,
+    owners: tl.tensor,
     seeds: tl.tensor,
     coefficients: tl.tensor,
-    count: tl.int32,
-    tiles: tl.int32,
-    columns: tl.int64,
-    live_stride: tl.int64,
-    start: tl.int64,
-    row_stride: tl.int64,
-    name_word: tl.uint32,
-    step: tl.uint64,
-    decay: tl.float32,
+    magnitudes: tl.tensor,
     GAUSSIAN: tl.constexpr,
+    STORED: tl.constexpr,
+    SERVED: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    row, column, index = _tile(tiles, start, row_stride, GAUSSIAN, ALIGNED, TILE)
-    inside = (column >= 0) & (column < columns)
-    total = tl.zeros([TILE], tl.float32)
-    for i in range(count):
-        z = _noise(tl.load(seeds + i), name_word, index, magnitudes, GAUSSIAN, TILE)
-        total = total + tl.load(coefficients + i) * z
-    value = _load(master, row * columns + column, inside) * decay + total
-    if master.dtype.element_ty == tl.uint16:
-        rounding = _halfwords(step, name_word, ROUNDING, index, TILE)
-        value = _store_stochastic(master, row * columns + column, value, rounding, inside)
+    entry, tile = _slice(fields, owners)
+    row, column, inside, index = _elements(entry, tile, GAUSSIAN, ALIGNED, TILE)
+    if STORED is None:
+        value = tl.zeros([TILE], tl.float32)
     else:
-        tl.store(master + row * columns + column, value, mask=inside)
-    _store_nearest(live, row * live_stride + column, value, inside)
+        master = _row(entry, MASTER, row, tl.load(entry + COLUMNS), STORED, ALIGNED)
+        value = load(master, column, inside)
+    name_word = tl.load(entry + NAME_WORD).to(tl.uint32)
+    which = tl.load(entry + DRAW)
+    z = draw(tl.load(seeds + which), name_word, index, magnitudes, GAUSSIAN, TILE)
+    live = _row(entry, LIVE, row, tl.load(entry + LIVE_STRIDE), SERVED, ALIGNED)
+    store_nearest(live, column, value + tl.load(coefficients + which) * z, inside)
 
 
-@triton.jit(
-    do_not_specialize=["count", "tiles_down", "rows", "start", "row_stride", "name_word", "step"],
-)
-def _low_rank_update(
-    master: tl.tensor,
-    live: tl.tensor,
-    left: tl.tensor,
-    right: tl.tensor,
+@triton.jit(do_not_specialize=["num_updates", "num_seeds"])
+def _update(
+    fields: tl.tensor,
+    owners: tl.tensor,
+    seeds: tl.tensor,
     coefficients: tl.tensor,
-    count: tl.int32,
-    tiles_down: tl.int32,
-    rows: tl.int64,
-    columns: tl.int64,
-    live_stride: tl.int64,
-    start: tl.int64,
-    row_stride: tl.int64,
-    name_word: tl.uint32,
-    step: tl.uint64,
-    scale: tl.float32,
-    decay: tl.float32,
-    RANK: tl.constexpr,
+    steps: tl.tensor,
+    decays: tl.tensor,
+    ends: tl.tensor,
+    num_updates: tl.int32,
+    num_seeds: tl.int32,
+    magnitudes: tl.tensor,
+    GAUSSIAN: tl.constexpr,
+    THEN: tl.constexpr,
+    STORED: tl.constexpr,
+    SERVED: tl.constexpr,
     ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
-    # Neighbours lie below each other: they share right factors, which then stay in the cache.
-    program = tl.program_id(0)
-    row = (program % tiles_down).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    within_row = (program // tiles_down).to(tl.int64) * COLUMNS
-    row_index = start + row * row_stride
-    # [1, COLUMNS], or [ROWS, COLUMNS] where each row begins elsewhere in a block
-    column = within_row + tl.arange(0, COLUMNS)[None, :]
-    if not ALIGNED:
+    entry, tile = _slice(fields, owners)
+    row, column, inside, index = _elements(entry, tile, GAUSSIAN, ALIGNED, TILE)
+    master = _row(entry, MASTER, row, tl.load(entry + COLUMNS), STORED, ALIGNED)
+    value = load(master, column, inside)
+    name_word = tl.load(entry + NAME_WORD).to(tl.uint32)
+    begin = 0
+    for number in range(num_updates):
+        end = tl.load(ends + number)
+        total = tl.zeros([TILE], tl.float32)
+        for i in range(begin, end):
+            z = draw(tl.load(seeds + i), name_word, index, magnitudes, GAUSSIAN, TILE)
+            total = total + tl.load(coefficients + i) * z
+        value = value * tl.load(decays + number) + total
+        if STORED is tl.uint16:
+            rounding = rounding_bits(tl.load(steps + number), name_word, index, TILE)
+            value = round_stochastic(value, rounding)
+        begin = end
+    store_exact(master, column, value, inside)
+    if THEN:
+        z = draw(tl.load(seeds + num_seeds), name_word, index, magnitudes, GAUSSIAN, TILE)
+        value = value + tl.load(coefficients + num_seeds) * z
+    if SERVED is not None:
+        live = _row(entry, LIVE, row, tl.load(entry + LIVE_STRIDE), SERVED, ALIGNED)
+        store_nearest(live, column, value, inside)
+
+
+@triton.jit(do_not_specialize=["num_seeds", "step"])
+def _low_rank_update(
+    fields: tl.tensor,
+    owners: tl.tensor,
+    coefficients: tl.tensor,
+    num_seeds: tl.int32,
+    step: tl.uint64,
+    decay: tl.float32,
+    scale: tl.float32,
+    RANK: tl.constexpr,
+    ROWS_A_TILE: tl.constexpr,
+    STORED: tl.constexpr,
+    SERVED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    entry, tile = _slice(fields, owners)
+    rows, columns = tl.load(entry + ROWS), tl.load(entry + COLUMNS)
+    tiles_down = tl.load(entry + TILES).to(tl.int32)
+    row = (tile % tiles_down).to(tl.int64) * ROWS_A_TILE + tl.arange(0, ROWS_A_TILE)[:, None]
+    within_row = (tile // tiles_down).to(tl.int64) * TILE
+    row_index = tl.load(entry + START) + row * tl.load(entry + ROW_STRIDE)
+    # [1, TILE], or [ROWS_A_TILE, TILE] where each row begins elsewhere in a block
+    column = within_row + tl.arange(0, TILE)[None, :]
+    if ALIGNED:
+        columns = tl.multiple_of(columns, ALIGNED_ELEMENTS)
+    else:
         column = column - row_index % HALFWORDS_PER_BLOCK
     of_right = (column >= 0) & (column < columns)
     of_left = row < rows
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(count):
-        z = tl.zeros([ROWS, COLUMNS], tl.float32)
+    inside = of_left & of_right
+    master = _row(entry, MASTER, 0, 0, STORED, ALIGNED)
+    value = load(master, row * columns + column, inside)
+    left = _row(entry, LEFT, 0, 0, tl.float32, True)
+    right = _row(entry, RIGHT, 0, 0, tl.float32, True)
+    total = tl.zeros([ROWS_A_TILE, TILE], tl.float32)
+    for i in range(num_seeds):
+        z = tl.zeros([ROWS_A_TILE, TILE], tl.float32)
         for k in tl.static_range(RANK):
             u = tl.load(left + (i * rows + row) * RANK + k, mask=of_left, other=0)
             v = tl.load(right + (i * RANK + k) * columns + column, mask=of_right, other=0)
             z = z + u * v
         total = total + tl.load(coefficients + i) * (z * scale)
-    inside = of_left & of_right
-    value = _load(master, row * columns + column, inside) * decay + total
-    if master.dtype.element_ty == tl.uint16:
+    value = value * decay + total
+    if STORED is tl.uint16:
+        name_word = tl.load(entry + NAME_WORD).to(tl.uint32)
         first_block = (row_index + within_row) // HALFWORDS_PER_BLOCK
-        block = first_block + tl.arange(0, COLUMNS // HALFWORDS_PER_BLOCK)[None, :]
-        rounding = _block_halfwords(step, name_word, ROUNDING, block, ROWS * COLUMNS)
-        rounding = tl.reshape(rounding, [ROWS, COLUMNS])
-        value = _store_stochastic(master, row * columns + column, value, rounding, inside)
-    else:
-        tl.store(master + row * columns + column, value, mask=inside)
-    _store_nearest(live, row * live_stride + column, value, inside)
+        block = first_block + tl.arange(0, TILE // HALFWORDS_PER_BLOCK)[None, :]
+        rounding = block_halfwords(step, name_word, ROUNDING, block, ROWS_A_TILE * TILE)
+        value = round_stochastic(value, tl.reshape(rounding, [ROWS_A_TILE, TILE]))
+    store_exact(master, row * columns + column, value, inside)
+    if SERVED is not None:
+        live = _row(entry, LIVE, 0, 0, SERVED, ALIGNED)
+        stride = tl.load(entry + LIVE_STRIDE)
+        if ALIGNED:
+            stride = tl.multiple_of(stride, ALIGNED_ELEMENTS)
+        store_nearest(live, row * stride + column, value, inside)
 
 
-@triton.jit(do_not_specialize=["tiles", "start", "row_stride"])
+@triton.jit
 def _digest(
-    values: tl.tensor,
+    fields: tl.tensor,
+    owners: tl.tensor,
     partial_sums: tl.tensor,
-    tiles: tl.int32,
-    columns: tl.int64,
-    memory_stride: tl.int64,
-    start: tl.int64,
-    row_stride: tl.int64,
+    OF_LIVE: tl.constexpr,
+    BITS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    program = tl.program_id(0)
-    row = (program // tiles).to(tl.int64)
-    column = (program % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
+    entry, tile = _slice(fields, owners)
+    tiles = tl.load(entry + TILES).to(tl.int32)
+    row = (tile // tiles).to(tl.int64)
+    column = (tile % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
+    columns = tl.load(entry + COLUMNS)
     inside = column < columns
-    bits = tl.load(values + row * memory_stride + column, mask=inside, other=0).to(tl.uint64)
-    index = (start + row * row_stride + column).to(tl.uint64)
-    mixed = index * DIGEST_INDEX + (bits + 1) * DIGEST_BITS
+    if OF_LIVE:
+        values = _row(entry, LIVE, row, tl.load(entry + LIVE_STRIDE), BITS, False)
+    else:
+        values = _row(entry, MASTER, row, columns, BITS, False)
+    bits = tl.load(values + column, mask=inside, other=0).to(tl.uint64)
+    row_index = tl.load(entry + START) + row * tl.load(entry + ROW_STRIDE)
+    mixed = (row_index + column).to(tl.uint64) * DIGEST_INDEX + (bits + 1) * DIGEST_BITS
     mixed = (mixed ^ (mixed >> 30)) * DIGEST_MIX_0
     mixed = (mixed ^ (mixed >> 27)) * DIGEST_MIX_1
     mixed = mixed ^ (mixed >> 31)
     signed = tl.where(inside, mixed.to(tl.int64, bitcast=True), 0)
-    tl.store(partial_sums + program, tl.sum(signed, axis=0))
+    tl.store(partial_sums + tl.program_id(0), tl.sum(signed, axis=0))
 
 
 @triton.jit
-def _tile(
-    tiles: tl.tensor,
-    start: tl.tensor,
-    row_stride: tl.tensor,
+def _slice(fields: tl.tensor, owners: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Where this program's slice is described, and which of its tiles is the program's."""
+    program = tl.program_id(0)
+    entry = fields + tl.load(owners + program) * NUM_FIELDS
+    return entry, program - tl.load(entry + FIRST_PROGRAM).to(tl.int32)
+
+
+@triton.jit
+def _elements(
+    entry: tl.tensor,
+    tile: tl.tensor,
     GAUSSIAN: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """This program's row, its columns [TILE], and the global index of the first of them.
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A tile's row, its columns [TILE], which exist, and the global index of the first of them.
 
     The index is a multiple of the block size, so the first columns of a row may be negative.
     """
-    program = tl.program_id(0)
-    row = (program // tiles).to(tl.int64)
-    within_row = (program % tiles).to(tl.int64) * TILE
-    row_index = start + row * row_stride
-    column = within_row + tl.arange(0, TILE)
-    index = row_index + within_row
-    if not ALIGNED:
+    tiles = tl.load(entry + TILES).to(tl.int32)
+    row = (tile // tiles).to(tl.int64)
+    first = (tile % tiles).to(tl.int64) * TILE
+    columns = tl.load(entry + COLUMNS)
+    row_index = tl.load(entry + START) + row * tl.load(entry + ROW_STRIDE)
+    index = row_index + first
+    column = first + tl.arange(0, TILE)
+    if ALIGNED:
+        inside = column < tl.multiple_of(columns, ALIGNED_ELEMENTS)
+    else:
         skipped = row_index % (HALFWORDS_PER_BLOCK if GAUSSIAN else BITS_PER_BLOCK)
         column -= skipped
         index -= skipped
-    return row, column, index
+        inside = (column >= 0) & (column < columns)
+    return row, column, inside, index
 
 
 @triton.jit
-def _noise(
-    seed: tl.tensor,
-    name_word: tl.tensor,
-    index: tl.tensor,
-    magnitudes: tl.tensor,
-    GAUSSIAN: tl.constexpr,
-    TILE: tl.constexpr,
+def _row(
+    entry: tl.tensor,
+    which: tl.constexpr,
+    row: tl.tensor,
+    stride: tl.tensor,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ) -> tl.tensor:
-    """Noise z, float32 [TILE], of the elements from a global index on."""
-    if GAUSSIAN:
-        halfwords = _halfwords(seed, name_word, PERTURBATION, index, TILE)
-        magnitude = tl.load(magnitudes + (halfwords >> 6).to(tl.int32))
-        z = tl.where((halfwords & 1) != 0, -magnitude, magnitude)
-    else:
-        negative = _bits(seed, name_word, PERTURBATION, index, TILE)
-        z = tl.where(negative != 0, -1.0, 1.0)
-    return z
-
-
-@triton.jit
-def _halfwords(
-    seed: tl.tensor,
-    name_word: tl.tensor,
-    stream: tl.constexpr,
-    index: tl.tensor,
-    TILE: tl.constexpr,
-) -> tl.tensor:
-    """16 bits, as uint32 [TILE], for each element from a global index on."""
-    block = index // HALFWORDS_PER_BLOCK + tl.arange(0, TILE // HALFWORDS_PER_BLOCK)
-    return _block_halfwords(seed, name_word, stream, block, TILE)
-
-
-@triton.jit
-def _block_halfwords(
-    seed: tl.tensor,
-    name_word: tl.tensor,
-    stream: tl.constexpr,
-    block: tl.tensor,
-    TILE: tl.constexpr,
-) -> tl.tensor:
-    """The halfwords, as uint32 [TILE], of blocks, of any shape, in their row-major order."""
-    words = _words(seed, name_word, stream, block, TILE // 2)
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [TILE])
-
-
-@triton.jit
-def _bits(
-    seed: tl.tensor,
-    name_word: tl.tensor,
-    stream: tl.constexpr,
-    index: tl.tensor,
-    TILE: tl.constexpr,
-) -> tl.tensor:
-    """One bit, as uint32 [TILE], for each element from a global index on."""
-    block = index // BITS_PER_BLOCK + tl.arange(0, TILE // BITS_PER_BLOCK)
-    words = _words(seed, name_word, stream, block, TILE // 32)
-    shift = tl.arange(0, 32).to(tl.uint32)
-    return tl.reshape((words[:, None] >> shift[None, :]) & 1, [TILE])
-
-
-@triton.jit
-def _words(
-    seed: tl.tensor,
-    name_word: tl.tensor,
-    stream: tl.constexpr,
-    block: tl.tensor,
-    COUNT: tl.constexpr,
-) -> tl.tensor:
-    """The words, uint32 [COUNT], of Philox4x32-10 blocks, of any shape, in row-major order."""
-    low = block.to(tl.uint32)
-    high = (block >> 32).to(tl.uint32)
-    name = tl.zeros_like(low) + name_word.to(tl.uint32)
-    word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, name, tl.zeros_like(low) + stream)
-    # join makes a new last dimension: words come out in the order 0, 1, 2, 3 of each block
-    return tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [COUNT])
-
-
-@triton.jit
-def _load(stored: tl.tensor, offsets: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    """float32 values of float32, or of bfloat16 patterns."""
-    values = tl.load(stored + offsets, mask=inside, other=0)
-    if stored.dtype.element_ty == tl.uint16:
-        values = (values.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return values
-
-
-@triton.jit
-def _store_nearest(
-    stored: tl.tensor, offsets: tl.tensor, values: tl.tensor, inside: tl.tensor
-) -> None:
-    """Store float32 as float32, float16 or bfloat16 patterns, rounded to nearest even."""
-    if stored.dtype.element_ty == tl.uint16:
-        bits = values.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(values != values, BFLOAT16_NAN, rounded)
-        tl.store(stored + offsets, rounded.to(tl.uint16), mask=inside)
-    else:
-        tl.store(stored + offsets, values.to(stored.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _store_stochastic(
-    stored: tl.tensor, offsets: tl.tensor, values: tl.tensor, rounding: tl.tensor, inside: tl.tensor
-) -> tl.tensor:
-    """Store one of the two bfloat16 around a value, by chance in proportion, and return it."""
-    bits = values.to(tl.uint32, bitcast=True)
-    is_finite = (bits & EXPONENT_BITS) != EXPONENT_BITS
-    rounded = (bits + tl.where(is_finite, rounding, 0)) >> 16
-    tl.store(stored + offsets, rounded.to(tl.uint16), mask=inside)
-    return (rounded << 16).to(tl.float32, bitcast=True)
+    """Pointer to a row of what an address of a slice's description names."""
+    start = tl.load(entry + which).to(tl.pointer_type(ELEMENT)) + row * stride
+    if ALIGNED:
+        start = tl.multiple_of(start, ALIGNED_BYTES)
+    return start

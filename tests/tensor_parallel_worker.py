@@ -22,6 +22,8 @@ from orchestrator.export import AdapterSettings, write_model
 from orchestrator.lora import LoraSpace
 from orchestrator.low_rank import LowRankSpace
 from orchestrator.parameters import canonical_tensors
+from orchestrator.prefix import PrefixSpace
+from orchestrator.prefix_slots import PrefixPlan
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.runner import World, gather_from_ranks
 
@@ -50,13 +52,13 @@ def observe(family: str, models: Path, exported: Path, world: World) -> dict[str
         dtype = getattr(torch, master)
         space = DenseSpace(tensors, noise="gaussian", master_dtype=dtype)
         seen["num_parameters"] = space.num_parameters
-        seen[f"{master} digests"] = [space.digest(), space.live_digest()]
-        with space.probing():
-            space.perturb(5, 1e-3)
-            seen[f"{master} digests"].append(space.live_digest())
-            seen[f"{master} loss"] = engine.score(SEQUENCES, spans).spans[0].mean
+        seen[f"{master} digests"] = [space.digest(), space.trained.digest(live=True)]
+        space.trained.perturb(5, 1e-3)
+        seen[f"{master} digests"].append(space.trained.digest(live=True))
+        seen[f"{master} loss"] = engine.score(SEQUENCES, spans).spans[0].mean
         space.apply(UPDATE)
-        seen[f"{master} digests"] += [space.digest(), space.live_digest()]
+        space.settle()
+        seen[f"{master} digests"] += [space.digest(), space.trained.digest(live=True)]
         weights = dict(space.weights())
         seen[f"{master} weights"] = weights
         exported.mkdir(exist_ok=True)
@@ -98,6 +100,7 @@ def observe_slots(family: str, models: Path, world: World) -> dict[str, Any]:
                 run_seed=1,
             )
         space.apply(UPDATE)
+        space.settle()
         seen[f"{kind} digest"] = space.digest()
         seen[f"{kind} parameters"] = space.num_parameters
         spans = [(1, len(tokens)) for tokens in SEQUENCES]
@@ -109,6 +112,34 @@ def observe_slots(family: str, models: Path, world: World) -> dict[str, Any]:
         state = space.factors() if kind == "lora" else space.weights()
         seen[f"{kind} state"] = dict(state)
         engine.close()
+    return seen
+
+
+def observe_prefix(family: str, models: Path, world: World) -> dict[str, Any]:
+    """Scores, digests and state of the space over prefix slots."""
+    engine = Engine(
+        str(models / family),
+        dtype="float32",
+        device=DEVICE,
+        kv_tokens=256,
+        prefixes=PrefixPlan(num_slots=3, num_tokens=4),
+        world=world,
+    )
+    assert engine.prefixes is not None
+    space = PrefixSpace(engine.prefixes, noise_kind="gaussian", seed=1)
+    space.apply(UPDATE)
+    space.settle()
+    seen: dict[str, Any] = {
+        "prefix digest": space.digest(),
+        "prefix parameters": space.num_parameters,
+        "prefix state": dict(space.values()),
+    }
+    spans = [(1, len(tokens)) for tokens in SEQUENCES]
+    with closing(space.placed([Probe(1, 7, sign, 0.5, (0,)) for sign in (1, -1)])) as groups:
+        adapters = [placed.adapter for placed in next(groups)]
+        scores = engine.score(SEQUENCES, spans, adapters=[*adapters, space.adapter]).spans
+        seen["prefix scores"] = [span.sum for span in scores]
+    engine.close()
     return seen
 
 
@@ -152,6 +183,7 @@ def main() -> None:
         seen = observe(family, folder / "models", folder / "exported", world)
         if family in SLOT_FAMILIES:
             seen["slots"] = observe_slots(family, folder / "models", world)
+            seen["slots"] |= observe_prefix(family, folder / "models", world)
         if rank == 0:
             torch.save(seen, folder / f"{family}.pt")
     logits = observe_adapter(folder / "models", folder / ADAPTER, world)

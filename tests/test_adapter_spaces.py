@@ -135,6 +135,7 @@ def test_all_probes_in_one_forward_equal_peft(
     engine, space = make(family, kind="lora", rank=4, alpha=8, targets=targets, slots=6)
     assert isinstance(space, LoraSpace)
     space.apply(StepUpdate(0, seeds=(5,), coefficients=(0.1,), decay=1.0))  # B is no longer zero
+    space.settle()
     forwards = counted(engine, monkeypatch)
     with closing(space.placed(probes(3))) as groups:
         for group in groups:
@@ -201,6 +202,7 @@ def test_low_rank_updates_are_the_explicit_sum(make: Make, model_folders: dict[s
     assert isinstance(space, LowRankSpace)
     checkpoint = Checkpoint(model_folders["llama"])
     space.apply(StepUpdate(0, seeds=(5, 6), coefficients=(0.5, -0.25), decay=0.875))
+    space.settle()
     for tensor in space.tensors:
         name = tensor.region.name
         initial = checkpoint.read(name).numpy()
@@ -264,6 +266,7 @@ def test_slots_leave_no_entries_and_no_memory_behind(make: Make) -> None:
             for group in groups:
                 sums(engine, [placed.adapter for placed in group])
         space.apply(StepUpdate(step, seeds=(step,), coefficients=(1e-4,), decay=1.0))
+        space.settle()
         assert engine.free_slots() == free
     assert engine._cache.total_size() == 0
     assert len(manager.loras) == 5
@@ -278,6 +281,7 @@ def test_base_weights_stay_untouched(make: Make) -> None:
         for group in groups:
             sums(engine, [placed.adapter for placed in group])
     space.apply(StepUpdate(0, seeds=(1,), coefficients=(0.5,), decay=0.5))
+    space.settle()
     for name, value in engine.model.named_parameters():
         assert torch.equal(value, before[name]), name
 
@@ -308,6 +312,7 @@ def test_an_exported_adapter_scores_the_same_in_peft_and_in_sglang(
     engine, space = make(family, kind="lora", rank=4, alpha=8, targets=targets)
     assert isinstance(space, LoraSpace)
     space.apply(StepUpdate(0, seeds=(5, 6), coefficients=(0.1, 0.05), decay=1.0))
+    space.settle()
     expected = sums(engine, [space.adapter])[0]
     space.export(model_folders[family], tmp_path / "tuned")
     base = AutoModelForCausalLM.from_pretrained(model_folders[family], dtype=torch.float32)
@@ -334,6 +339,7 @@ def test_an_exported_low_rank_model_scores_the_same(
 ) -> None:
     engine, space = make("opt", kind="low_rank", rank=2)
     space.apply(StepUpdate(0, seeds=(5, 6), coefficients=(0.01, 0.02), decay=1.0))
+    space.settle()
     space.export(model_folders["opt"], tmp_path / "tuned")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
     assert reference_sums(loaded) == pytest.approx(sums(engine, [None])[0], abs=1e-4)

@@ -1,6 +1,7 @@
 """The dense space on real engines: what SGLang fuses, what a probe leaves behind."""
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.dense import DenseSpace
 from orchestrator.engine import Engine
 from orchestrator.parameters import canonical_tensors
-from orchestrator.records import StepUpdate
+from orchestrator.records import Probe, StepUpdate
 
 Engines = Callable[[str], Engine]
 FAMILIES = ["opt", "llama", "qwen2", "qwen3", "phi3"]
@@ -46,13 +47,13 @@ def test_a_perturbed_tensor_is_its_slice_of_the_specification(
     tensors = canonical_tensors(engine.model, checkpoint)
     dense = space(engine, model_folders[family])
     coefficient = np.float32(0.25)
-    with dense.probing():
-        dense.perturb(99, float(coefficient))
-        for tensor in tensors:
-            name = tensor.region.name
-            master = checkpoint.read(name).numpy().ravel()
-            z = noise.draw("gaussian", 99, name, 0, master.size)
-            assert np.array_equal(tensor.live.cpu().numpy().ravel(), master + coefficient * z), name
+    dense.trained.perturb(99, float(coefficient))
+    for tensor in tensors:
+        name = tensor.region.name
+        master = checkpoint.read(name).numpy().ravel()
+        z = noise.draw("gaussian", 99, name, 0, master.size)
+        assert np.array_equal(tensor.live.cpu().numpy().ravel(), master + coefficient * z), name
+    dense.settle()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -63,15 +64,15 @@ def test_two_hundred_probes_leave_no_trace(
     folder = model_folders["llama"]
     engine = Engine(str(folder), dtype=dtype, device=DEVICE, kv_tokens=256, threads=2)
     dense = space(engine, folder, noise="rademacher", master_dtype=master)
-    before = dense.live_digest(), dense.digest()
+    before = dense.trained.digest(live=True), dense.digest()
     raw = [parameter.clone() for parameter in engine.model.parameters()]
     for seed in range(100):
-        with dense.probing():
-            dense.perturb(seed, 1e-3)
-            assert dense.live_digest() != before[0]
-            dense.perturb(seed, -1e-3)
-        assert dense.live_digest() == before[0]
-    assert (dense.live_digest(), dense.digest()) == before
+        dense.trained.perturb(seed, 1e-3)
+        assert dense.trained.digest(live=True) != before[0]
+        dense.trained.perturb(seed, -1e-3)
+        dense.settle()
+        assert dense.trained.digest(live=True) == before[0]
+    assert (dense.trained.digest(live=True), dense.digest()) == before
     for was, now in zip(raw, engine.model.parameters(), strict=True):
         assert torch.equal(was, now)
     engine.close()
@@ -79,11 +80,35 @@ def test_two_hundred_probes_leave_no_trace(
 
 def test_a_failing_probe_leaves_no_trace(engines: Engines, model_folders: dict[str, Path]) -> None:
     dense = space(engines("opt"), model_folders["opt"])
-    before = dense.live_digest()
-    with pytest.raises(ZeroDivisionError), dense.probing():
-        dense.perturb(1, 0.1)
+    before = dense.trained.digest(live=True)
+    with (
+        pytest.raises(ZeroDivisionError),
+        closing(dense.placed([Probe(0, 1, 1, 0.1, ())])) as groups,
+    ):
+        next(groups)
         raise ZeroDivisionError
-    assert dense.live_digest() == before
+    dense.settle()
+    assert dense.trained.digest(live=True) == before
+
+
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+def test_updates_that_waited_are_those_taken_one_by_one(
+    master: torch.dtype, engines: Engines, model_folders: dict[str, Path]
+) -> None:
+    """A replay's steps become one sweep, a step and the next probe another: with the same bits."""
+    updates = [StepUpdate(step, (step, step + 9), (0.5, -0.25), 0.9) for step in range(200)]
+    found = []
+    for waits in (False, True):
+        dense = space(engines("opt"), model_folders["opt"], master_dtype=master)
+        for update in updates:
+            dense.apply(update)
+            if not waits:
+                dense.settle()
+        next(dense.placed([Probe(200, 1, -1, 0.1, ())]))
+        perturbed = dense.trained.digest(live=True)
+        found.append((perturbed, dense.digest(), dense.trained.digest(live=True)))
+        put_back(dense, Checkpoint(model_folders["opt"]))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
@@ -94,6 +119,7 @@ def test_an_update_follows_the_specification(
     dense = space(engines("qwen2"), model_folders["qwen2"], master_dtype=master)
     update = StepUpdate(step=5, seeds=(7, 8), coefficients=(0.5, -0.125), decay=0.75)
     dense.apply(update)
+    dense.settle()
     for tensor in dense.tensors:
         region, values, live = tensor.region, tensor.master, tensor.live
         initial = checkpoint.read(region.name).to(master).float().numpy().ravel()
@@ -107,9 +133,14 @@ def test_an_update_follows_the_specification(
             expected = ((expected.view(np.uint32) + random) & 0xFFFF0000).view(np.float32)
         assert np.array_equal(values.float().cpu().numpy().ravel(), expected)
         assert torch.equal(live, values.to(live.dtype))
-    with torch.no_grad():  # the engine is shared: put the checkpoint's values back
-        for tensor in dense.tensors:
-            tensor.live.copy_(checkpoint.read(tensor.region.name).reshape(tensor.live.shape))
+    put_back(dense, checkpoint)
+
+
+@torch.no_grad()
+def put_back(dense: DenseSpace, checkpoint: Checkpoint) -> None:
+    """The engine is shared by all tests, which find the checkpoint's values in it."""
+    for tensor in dense.tensors:
+        tensor.live.copy_(checkpoint.read(tensor.region.name).reshape(tensor.live.shape))
 
 
 def altered(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:

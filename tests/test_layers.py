@@ -11,10 +11,11 @@ LAYERS = [
     {"assets", "noise", "tensor_map"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch"},
-    {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_triton"},
+    {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_triton"}
+    | {"prefix_slots"},
     {"engine", "sglang_models", "export"},
     {"space"},
-    {"dense", "lora", "low_rank"},
+    {"dense", "lora", "low_rank", "prefix"},
     {"spaces"},
     {"replica"},
     {"actors", "local"},
@@ -24,7 +25,7 @@ LAYERS = [
 # Packages that only some modules may know.
 OWNERS = {
     "ray": {"actors"},
-    "sglang": {"engine", "runner", "adapters", "opt_native"},
+    "sglang": {"engine", "runner", "adapters", "prefix_slots", "opt_native"},
     "triton": {"sweeps_triton"},
     "numba": {"sweeps_numba", "replica"},
     "torch": {
@@ -39,7 +40,8 @@ OWNERS = {
         "sweeps",
         "sweeps_numba",
     }
-    | {"sweeps_triton", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"},
+    | {"sweeps_triton", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"}
+    | {"prefix", "prefix_slots"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from orchestrator import noise, sweeps_numba
 from orchestrator.noise import NoiseKind, TensorRegion
+from orchestrator.records import StepUpdate
+from orchestrator.sweeps import Draw, Factors, Slice
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 SEED = 0xFEDCBA9876543210
@@ -31,7 +33,7 @@ LIVES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Slice:
+class Shape:
     """Shape and place of a slice, and of its live view in a wider buffer."""
 
     rows: int
@@ -47,33 +49,33 @@ class Slice:
 
 
 SLICES = (
-    Slice(1, 1, 0, 0),
-    Slice(4, 256, 1024, 2048),
-    Slice(3, 131, 1021, 517, left_margin=5, right_margin=3),
-    Slice(2, 1500, 2**35 - 700, 8192, right_margin=1),  # a gaussian block passes 2**32 in a row
-    Slice(1, 300, 2**39 - 100, 0, left_margin=1),  # and here a rademacher block does
+    Shape(1, 1, 0, 0),
+    Shape(4, 256, 1024, 2048),
+    Shape(3, 131, 1021, 517, left_margin=5, right_margin=3),
+    Shape(2, 1500, 2**35 - 700, 8192, right_margin=1),  # a gaussian block passes 2**32 in a row
+    Shape(1, 300, 2**39 - 100, 0, left_margin=1),  # and here a rademacher block does
 )
-LONG_SLICE = Slice(3, 9001, 2**40 + 77, 10_007, left_margin=2)
-TALL_SLICE = Slice(21, 1500, 2**33 + 8, 1504, right_margin=4)
+LONG_SLICE = Shape(3, 9001, 2**40 + 77, 10_007, left_margin=2)
+TALL_SLICE = Shape(21, 1500, 2**33 + 8, 1504, right_margin=4)
 EMPTY_SLICES = (
-    Slice(1, 0, 3, 0, left_margin=1),
-    Slice(3, 0, 8, 8, right_margin=2),
-    Slice(0, 5, 8, 8),
-    Slice(0, 0, 0, 0),
+    Shape(1, 0, 3, 0, left_margin=1),
+    Shape(3, 0, 8, 8, right_margin=2),
+    Shape(0, 5, 8, 8),
+    Shape(0, 0, 0, 0),
 )
 
 
-def _values(shape: Slice, dtype: torch.dtype) -> torch.Tensor:
+def _values(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape.rows, shape.columns, generator=generator).to(dtype)
 
 
-def _poisoned_buffer(shape: Slice, dtype: torch.dtype) -> torch.Tensor:
+def _poisoned_buffer(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
     width = shape.left_margin + shape.columns + shape.right_margin
     return torch.full((shape.rows, width), float("nan"), dtype=dtype)
 
 
-def _view(buffer: torch.Tensor, shape: Slice) -> torch.Tensor:
+def _view(buffer: torch.Tensor, shape: Shape) -> torch.Tensor:
     return buffer[:, shape.left_margin : shape.left_margin + shape.columns]
 
 
@@ -88,7 +90,7 @@ def _assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str) -
     assert len(different) == 0, f"{what}: {len(different)} differ, first at {different[0]}"
 
 
-def _noise(kind: NoiseKind, seed: int, shape: Slice) -> NDArray[np.float32]:
+def _noise(kind: NoiseKind, seed: int, shape: Shape) -> NDArray[np.float32]:
     z = np.empty((shape.rows, shape.columns), np.float32)
     for row in range(shape.rows):
         first = shape.start + row * shape.row_stride
@@ -97,7 +99,7 @@ def _noise(kind: NoiseKind, seed: int, shape: Slice) -> NDArray[np.float32]:
 
 
 def _stochastically_rounded(
-    values: NDArray[np.float32], step: int, shape: Slice
+    values: NDArray[np.float32], step: int, shape: Shape
 ) -> NDArray[np.float32]:
     bits = np.empty((shape.rows, shape.columns), np.uint16)
     for row in range(shape.rows):
@@ -108,14 +110,14 @@ def _stochastically_rounded(
 
 
 def _perturbed(
-    master: torch.Tensor, shape: Slice, kind: NoiseKind, coefficient: float
+    master: torch.Tensor, shape: Shape, kind: NoiseKind, coefficient: float
 ) -> torch.Tensor:
     z = _noise(kind, SEED, shape)
     return torch.from_numpy(master.float().numpy() + np.float32(coefficient) * z)
 
 
 def _updated(
-    master: torch.Tensor, shape: Slice, kind: NoiseKind, count: int, decay: float, step: int
+    master: torch.Tensor, shape: Shape, kind: NoiseKind, count: int, decay: float, step: int
 ) -> torch.Tensor:
     seeds, coefficients = _seeds(count)
     noises = [_noise(kind, seed, shape) for seed in seeds]
@@ -124,7 +126,7 @@ def _updated(
 
 def _added(
     master: torch.Tensor,
-    shape: Slice,
+    shape: Shape,
     noises: list[NDArray[np.float32]],
     coefficients: list[float],
     decay: float,
@@ -144,14 +146,20 @@ def _seeds(count: int) -> tuple[list[int], list[float]]:
     return seeds, [0.01 * (-1) ** i * (1 + i) for i in range(count)]
 
 
-def _factors(shape: Slice, count: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _step(
+    seeds: list[int], coefficients: list[float], *, step: int, decay: float = 0.999
+) -> StepUpdate:
+    return StepUpdate(step, tuple(seeds), tuple(coefficients), decay)
+
+
+def _factors(shape: Shape, count: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     left = torch.randn(count, shape.rows, rank, generator=generator)
     return left, torch.randn(count, rank, shape.columns, generator=generator)
 
 
 def check_perturb(
-    sweeps: ModuleType, shape: Slice, kind: NoiseKind, stored: torch.dtype, served: torch.dtype
+    sweeps: ModuleType, shape: Shape, kind: NoiseKind, stored: torch.dtype, served: torch.dtype
 ) -> None:
     master = _values(shape, stored)
     buffer = _poisoned_buffer(shape, served)
@@ -159,14 +167,14 @@ def check_perturb(
     _view(expected, shape).copy_(_perturbed(master, shape, kind, 0.1))
     before = master.clone()
     live = _view(buffer, shape)
-    sweeps.perturb(master, live, shape.region, kind=kind, seed=SEED, coefficient=0.1)
+    sweeps.Table([Slice(shape.region, master, live)]).perturb(kind, [Draw(SEED, 0.1)])
     _assert_same_bits(buffer, expected, f"live of {shape} {kind} {stored} {served}")
     _assert_same_bits(master, before, "master")
 
 
 def check_update(
     sweeps: ModuleType,
-    shape: Slice,
+    shape: Shape,
     kind: NoiseKind,
     stored: torch.dtype,
     served: torch.dtype,
@@ -177,17 +185,8 @@ def check_update(
     buffer = _poisoned_buffer(shape, served)
     expected = buffer.clone()
     _view(expected, shape).copy_(expected_master)
-    seeds, coefficients = _seeds(count)
-    sweeps.update(
-        master,
-        _view(buffer, shape),
-        shape.region,
-        kind=kind,
-        seeds=seeds,
-        coefficients=coefficients,
-        decay=0.999,
-        step=2**33 + 5,
-    )
+    table = sweeps.Table([Slice(shape.region, master, _view(buffer, shape))])
+    table.update(kind, [_step(*_seeds(count), step=2**33 + 5)])
     what = f"{shape} {kind} {stored} {served} n={count}"
     _assert_same_bits(master, expected_master, f"master of {what}")
     _assert_same_bits(buffer, expected, f"live of {what}")
@@ -195,7 +194,7 @@ def check_update(
 
 def check_low_rank_update(
     sweeps: ModuleType,
-    shape: Slice,
+    shape: Shape,
     stored: torch.dtype,
     served: torch.dtype,
     count: int,
@@ -209,65 +208,118 @@ def check_low_rank_update(
     buffer = _poisoned_buffer(shape, served)
     expected = buffer.clone()
     _view(expected, shape).copy_(expected_master)
-    sweeps.low_rank_update(
-        master,
-        _view(buffer, shape),
-        shape.region,
-        left=left,
-        right=right,
-        coefficients=coefficients,
-        decay=0.999,
-        step=2**33 + 5,
-    )
+    table = sweeps.Table([Slice(shape.region, master, _view(buffer, shape))])
+    update = _step(*_seeds(count), step=2**33 + 5)
+    table.low_rank_update([Factors(left, right)], update)
     what = f"{shape} {stored} {served} n={count} rank={rank}"
     _assert_same_bits(master, expected_master, f"master of {what}")
     _assert_same_bits(buffer, expected, f"live of {what}")
 
 
-def check_digest(sweeps: ModuleType, shape: Slice, dtype: torch.dtype) -> None:
+def check_fused_updates(sweeps: ModuleType, shape: Shape, kind: NoiseKind) -> None:
+    """Several steps and the perturbation that follows are the same in one sweep as in many."""
+    updates = [
+        _step(*_seeds(count), step=9 + number, decay=1 - 0.01 * number)
+        for number, count in enumerate((2, 0, 3))
+    ]
+    for stored, served in product(MASTERS, LIVES):
+        found = []
+        for fused in (False, True):
+            master = _values(shape, stored)
+            live = _view(_poisoned_buffer(shape, served), shape)
+            table = sweeps.Table([Slice(shape.region, master, live)])
+            if fused:
+                table.update(kind, updates, then=Draw(SEED, 0.1))
+            else:
+                for update in updates:
+                    table.update(kind, [update])
+                table.perturb(kind, [Draw(SEED, 0.1)])
+            table.update(kind, [], then=Draw(SEED, 0.1))
+            found.append((master, live.clone()))
+            table.update(kind, [])
+            _assert_same_bits(live, master.to(served), "live once settled")
+        for one, other in zip(*found, strict=True):
+            _assert_same_bits(other, one, f"{shape} {kind} {stored} {served}")
+
+
+def check_many_slices(sweeps: ModuleType, kind: NoiseKind) -> None:
+    """One sweep over slices of all sorts, each with a draw of its own, or no master."""
+    slices: list[Slice] = []
+    alone: list[Slice] = []
+    for number, (shape, served) in enumerate(product((*SLICES, EMPTY_SLICES[1]), LIVES)):
+        stored = (*MASTERS, None)[number % 3]
+        master = None if stored is None else _values(shape, stored)
+        for group in (slices, alone):
+            live = _view(_poisoned_buffer(shape, served), shape)
+            group.append(Slice(shape.region, master, live, draw=number % 2))
+    draws = [Draw(SEED, 0.1), Draw(SEED + 1, -0.2)]
+    table = sweeps.Table(slices)
+    table.perturb(kind, draws)
+    for together, part in zip(slices, alone, strict=True):
+        if part.master is None:
+            part = replace(part, master=torch.zeros(part.live.shape))
+        sweeps.Table([part]).perturb(kind, draws)
+        _assert_same_bits(together.live, part.live, f"{part.region}")
+    expected = [noise.digest(_bits(part.live), part.region) for part in slices]
+    assert table.digests(live=True) == expected
+
+
+def check_master_that_is_live(sweeps: ModuleType) -> None:
+    for dtype, shape in product(MASTERS, SLICES[:3]):
+        apart, shared = _values(shape, dtype), _values(shape, dtype)
+        factors = Factors(*_factors(shape, 2, 4))
+        for master, live in ((apart, torch.empty_like(apart)), (shared, shared)):
+            table = sweeps.Table([Slice(shape.region, master, live)])
+            table.update("gaussian", [_step(*_seeds(2), step=3)])
+            table.low_rank_update([factors], _step(*_seeds(2), step=4))
+        _assert_same_bits(shared, apart, f"{shape} {dtype}")
+
+
+def check_digest(sweeps: ModuleType, shape: Shape, dtype: torch.dtype) -> None:
     buffer = _poisoned_buffer(shape, dtype)
     view = _view(buffer, shape)
     view.copy_(_values(shape, torch.float32))
-    assert sweeps.digest(view, shape.region) == noise.digest(_bits(view), shape.region)
+    expected = noise.digest(_bits(view), shape.region)
+    assert sweeps.Table([Slice(shape.region, None, view)]).digests(live=True) == [expected]
+    if dtype is not torch.float16:  # which no master is
+        master = view.contiguous()
+        assert sweeps.Table([Slice(shape.region, master, view)]).digests() == [expected]
 
 
 def check_shards(sweeps: ModuleType, kind: NoiseKind) -> None:
-    whole = Slice(8, 100, 2**33 + 3, 100)
-    rows = [Slice(2, 100, whole.start + 200 * part, 100) for part in range(4)]
-    columns = [Slice(8, 25, whole.start + 25 * part, 100) for part in range(4)]
+    whole = Shape(8, 100, 2**33 + 3, 100)
+    rows = [Shape(2, 100, whole.start + 200 * part, 100) for part in range(4)]
+    columns = [Shape(8, 25, whole.start + 25 * part, 100) for part in range(4)]
     master = _values(whole, torch.float32)
     live = torch.empty_like(master)
-    sweeps.perturb(master, live, whole.region, kind=kind, seed=SEED, coefficient=1.0)
+    table = sweeps.Table([Slice(whole.region, master, live)])
+    table.perturb(kind, [Draw(SEED, 1.0)])
     for shards, dimension in ((rows, 0), (columns, 1)):
         parts = [part.contiguous() for part in master.chunk(4, dimension)]
         lives = [torch.empty_like(part) for part in parts]
-        for part, shard_live, shard in zip(parts, lives, shards, strict=True):
-            sweeps.perturb(part, shard_live, shard.region, kind=kind, seed=SEED, coefficient=1.0)
+        of_shards = sweeps.Table(
+            [
+                Slice(shard.region, part, shard_live)
+                for part, shard_live, shard in zip(parts, lives, shards, strict=True)
+            ]
+        )
+        of_shards.perturb(kind, [Draw(SEED, 1.0)])
         _assert_same_bits(torch.cat(lives, dimension), live, f"four parts of dimension {dimension}")
-        digests = [
-            sweeps.digest(part, shard.region) for part, shard in zip(lives, shards, strict=True)
-        ]
-        assert sum(digests) % 2**64 == sweeps.digest(live, whole.region)
+        assert sum(of_shards.digests(live=True)) % 2**64 == table.digests(live=True)[0]
 
 
 def check_low_rank_shards(sweeps: ModuleType) -> None:
     start, columns = 2**33 + 3, 100
-    master = _values(Slice(8, columns, start, columns), torch.bfloat16)
-    left, right = _factors(Slice(8, columns, start, columns), 2, 4)
+    master = _values(Shape(8, columns, start, columns), torch.bfloat16)
+    left, right = _factors(Shape(8, columns, start, columns), 2, 4)
 
     def updated(rows: slice, within_row: slice) -> torch.Tensor:
         shard = master[rows, within_row].clone(memory_format=torch.contiguous_format)
         first = start + rows.start * columns + within_row.start
-        sweeps.low_rank_update(
-            shard,
-            torch.empty_like(shard),
-            TensorRegion(NAME, first, columns),
-            left=left[:, rows].contiguous(),
-            right=right[:, :, within_row].contiguous(),
-            coefficients=[0.1, -0.2],
-            decay=0.99,
-            step=3,
-        )
+        region = TensorRegion(NAME, first, columns)
+        factors = Factors(left[:, rows].contiguous(), right[:, :, within_row].contiguous())
+        table = sweeps.Table([Slice(region, shard, torch.empty_like(shard))])
+        table.low_rank_update([factors], _step([0, 1], [0.1, -0.2], step=3))
         return shard
 
     all_rows, all_columns = slice(0, 8), slice(0, columns)
@@ -289,14 +341,14 @@ def check_empty_slices(sweeps: ModuleType) -> None:
 
 def check_nothing_is_fused(sweeps: ModuleType) -> None:
     """A fused multiply-add would round once where two roundings are specified."""
-    shape = Slice(1, 4096, 0, 0)
+    shape = Shape(1, 4096, 0, 0)
     master = _values(shape, torch.float32)
     expected = _perturbed(master, shape, "gaussian", 0.1)
     exact_product = np.float64(np.float32(0.1)) * _noise("gaussian", SEED, shape)
     fused = (master.numpy() + exact_product).astype(np.float32)
     assert (fused != expected.numpy()).any()
     live = torch.empty_like(master)
-    sweeps.perturb(master, live, shape.region, kind="gaussian", seed=SEED, coefficient=0.1)
+    sweeps.Table([Slice(shape.region, master, live)]).perturb("gaussian", [Draw(SEED, 0.1)])
     _assert_same_bits(live, expected, "live")
 
 
@@ -306,25 +358,24 @@ def check_infinities_and_nan_survive(sweeps: ModuleType) -> None:
         live = torch.zeros_like(master, dtype=torch.bfloat16)
         wanted = master.float().clone()
         region = TensorRegion(NAME, 0, 3)
-        sweeps.perturb(master, live, region, kind="gaussian", seed=SEED, coefficient=0.1)
+        table = sweeps.Table([Slice(region, master, live)])
+        table.perturb("gaussian", [Draw(SEED, 0.1)])
         torch.testing.assert_close(live.float(), wanted, equal_nan=True, rtol=0, atol=0)
-        sweeps.update(
-            master, live, region, kind="gaussian", seeds=[], coefficients=[], decay=1.0, step=1
-        )
+        table.update("gaussian", [_step([], [], step=1, decay=1.0)])
         torch.testing.assert_close(master.float(), wanted, equal_nan=True, rtol=0, atol=0)
         torch.testing.assert_close(live.float(), wanted, equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", (*SLICES, LONG_SLICE))
-def test_numba_perturb_is_the_specification(shape: Slice, kind: NoiseKind) -> None:
+def test_numba_perturb_is_the_specification(shape: Shape, kind: NoiseKind) -> None:
     for stored, served in product(MASTERS, LIVES):
         check_perturb(sweeps_numba, shape, kind, stored, served)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", (*SLICES, LONG_SLICE))
-def test_numba_update_is_the_specification(shape: Slice, kind: NoiseKind) -> None:
+def test_numba_update_is_the_specification(shape: Shape, kind: NoiseKind) -> None:
     for stored, served, count in product(MASTERS, LIVES, (0, 1, 3)):
         check_update(sweeps_numba, shape, kind, stored, served, count)
 
@@ -337,9 +388,16 @@ def test_numba_update_takes_64_seeds(kind: NoiseKind) -> None:
 
 @pytest.mark.parametrize("rank", [1, 4, 8, 11])
 @pytest.mark.parametrize("shape", (*SLICES, LONG_SLICE, TALL_SLICE))
-def test_numba_low_rank_update_is_the_specification(shape: Slice, rank: int) -> None:
+def test_numba_low_rank_update_is_the_specification(shape: Shape, rank: int) -> None:
     for stored, served, count in product(MASTERS, LIVES, (0, 1, 5)):
         check_low_rank_update(sweeps_numba, shape, stored, served, count, rank)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numba_fuses_updates_exactly(kind: NoiseKind) -> None:
+    check_fused_updates(sweeps_numba, SLICES[2], kind)
+    check_many_slices(sweeps_numba, kind)
+    check_master_that_is_live(sweeps_numba)
 
 
 def test_numba_digest_is_the_specification() -> None:
@@ -385,19 +443,11 @@ def test_threads_do_not_change_results(kind: NoiseKind) -> None:
 @pytest.mark.parametrize("growth", [2.0**-12, 2.0**-9, 1.5 * 2.0**-8, -(2.0**-12)])
 def test_small_updates_survive_on_average(growth: float) -> None:
     """Around 1, bfloat16 values lie 2**-7 (above) or 2**-8 (below) apart."""
-    shape = Slice(1, 100_000, 3, 0)
+    shape = Shape(1, 100_000, 3, 0)
     master = torch.ones(1, shape.columns, dtype=torch.bfloat16)
     live = torch.empty_like(master)
-    sweeps_numba.update(
-        master,
-        live,
-        shape.region,
-        kind="gaussian",
-        seeds=[],
-        coefficients=[],
-        decay=1 + growth,
-        step=7,
-    )
+    table = sweeps_numba.Table([Slice(shape.region, master, live)])
+    table.update("gaussian", [_step([], [], step=7, decay=1 + growth)])
     mean = float(master.double().mean()) - 1
     assert abs(mean - growth) < 5 * 2.0**-8 / shape.columns**0.5
     assert growth > 2.0**-9 or float(torch.tensor(1 + growth).bfloat16()) == 1.0
@@ -409,20 +459,12 @@ def test_layouts_that_would_be_misread_are_refused() -> None:
     bad_pairs = [(master.T, live.T), (master, live[:, :5]), (master, torch.zeros(6, 4).T)]
     for bad_master, bad_live in bad_pairs:
         with pytest.raises(ValueError):
-            sweeps_numba.perturb(
-                bad_master, bad_live, region, kind="gaussian", seed=1, coefficient=1.0
-            )
+            sweeps_numba.Table([Slice(region, bad_master, bad_live)])
     with pytest.raises(ValueError, match="2 seeds but 1 coefficients"):
-        sweeps_numba.update(
-            master,
-            live,
-            region,
-            kind="gaussian",
-            seeds=[1, 2],
-            coefficients=[1.0],
-            decay=1.0,
-            step=1,
-        )
+        table = sweeps_numba.Table([Slice(region, master, live)])
+        table.update("gaussian", [_step([1, 2], [1.0], step=1)])
+    with pytest.raises(ValueError, match=f"{NAME} has no master"):
+        sweeps_numba.Table([Slice(region, None, live)]).update("gaussian", [])
 
 
 @pytest.mark.parametrize(
@@ -448,16 +490,8 @@ def test_factors_that_do_not_fit_are_refused(
     master = torch.zeros(4, 6)
     shapes = f"factors of shapes {tuple(left.shape)} and {tuple(right.shape)}"
     with pytest.raises(ValueError, match=f"^{re.escape(shapes)}.*{re.escape(complaint)}"):
-        sweeps_numba.low_rank_update(
-            master,
-            master.clone(),
-            TensorRegion(NAME, 0, 6),
-            left=left,
-            right=right,
-            coefficients=[1.0, 1.0],
-            decay=1.0,
-            step=1,
-        )
+        table = sweeps_numba.Table([Slice(TensorRegion(NAME, 0, 6), master, master.clone())])
+        table.low_rank_update([Factors(left, right)], _step([1, 2], [1.0, 1.0], step=1))
 
 
 def check_triton_interpreted() -> None:
@@ -481,6 +515,10 @@ def check_triton_interpreted() -> None:
         check_update(sweeps_triton, ragged, kind, torch.float32, torch.bfloat16, 0)
         check_update(sweeps_triton, ragged, kind, torch.bfloat16, torch.bfloat16, 64)
         check_shards(sweeps_triton, kind)
+        check_fused_updates(sweeps_triton, SLICES[1], kind)
+        check_fused_updates(sweeps_triton, ragged, kind)
+        check_many_slices(sweeps_triton, kind)
+    check_master_that_is_live(sweeps_triton)
     check_low_rank_shards(sweeps_triton)
     check_empty_slices(sweeps_triton)
     check_nothing_is_fused(sweeps_triton)
@@ -508,30 +546,39 @@ def check_triton_compiles() -> None:
         assert "add.rn.f32" in text
         assert not re.search(r"\bfma\.|\b(add|mul)\.f32", text)
 
-    tables = {"magnitudes": "*fp32", "seeds": "*u64", "coefficients": "*fp32"}
-    for (gaussian, tile), (aligned, master) in product(
+    import triton.language as tl  # noqa: PLC0415
+
+    table = {"fields": "*i64", "owners": "*i32", "coefficients": "*fp32"}
+    numbers = {"magnitudes": "*fp32", "seeds": "*u64", "steps": "*u64", "decays": "*fp32"}
+    pointers = table | numbers | {"ends": "*i32"}
+    for (gaussian, tile), (aligned, stored) in product(
         ((True, sweeps_triton.GAUSSIAN_TILE), (False, sweeps_triton.RADEMACHER_TILE)),
-        ((False, "*fp32"), (True, "*u16")),
+        ((False, tl.float32), (True, tl.uint16)),
     ):
-        pointers = tables | {"master": master, "live": "*u16"}
-        for kernel in (sweeps_triton._perturb, sweeps_triton._update):
-            assert_nothing_is_fused(
-                ptx(kernel, pointers, GAUSSIAN=gaussian, ALIGNED=aligned, TILE=tile)
-            )
-    factors = {"left": "*fp32", "right": "*fp32", "coefficients": "*fp32"}
-    for aligned, master in ((True, "*fp32"), (True, "*u16"), (False, "*u16")):
+        constants = {
+            "GAUSSIAN": gaussian,
+            "ALIGNED": aligned,
+            "TILE": tile,
+            "STORED": stored,
+            "SERVED": tl.uint16,
+        }
+        assert_nothing_is_fused(ptx(sweeps_triton._perturb, pointers, **constants))
+        assert_nothing_is_fused(ptx(sweeps_triton._update, pointers, THEN=True, **constants))
+    for aligned, stored in ((True, tl.float32), (True, tl.uint16), (False, tl.uint16)):
         assert_nothing_is_fused(
             ptx(
                 sweeps_triton._low_rank_update,
-                factors | {"master": master, "live": "*u16"},
+                table,
                 RANK=4,
                 ALIGNED=aligned,
-                ROWS=sweeps_triton.LOW_RANK_ROWS,
-                COLUMNS=sweeps_triton.LOW_RANK_COLUMNS,
+                ROWS_A_TILE=sweeps_triton.LOW_RANK_ROWS,
+                STORED=stored,
+                SERVED=tl.uint16,
+                TILE=sweeps_triton.LOW_RANK_COLUMNS,
             )
         )
-    digest_pointers = {"values": "*u16", "partial_sums": "*i64"}
-    ptx(sweeps_triton._digest, digest_pointers, TILE=sweeps_triton.DIGEST_TILE)
+    sums = table | {"partial_sums": "*i64"}
+    ptx(sweeps_triton._digest, sums, OF_LIVE=True, BITS=tl.uint16, TILE=sweeps_triton.DIGEST_TILE)
 
 
 def _run_alone(check: Callable[[], None], **environment: str) -> None:

@@ -17,6 +17,7 @@ from tensor_parallel_worker import (
     SLOT_FAMILIES,
     observe,
     observe_adapter,
+    observe_prefix,
     observe_slots,
 )
 from transformers import AutoModelForCausalLM
@@ -112,7 +113,8 @@ def test_what_two_ranks_export_loads_in_transformers(family: str, folder: Path) 
 def test_slots_hold_the_same_on_two_ranks_as_on_one(family: str, folder: Path) -> None:
     seen = torch.load(folder / f"{family}.pt")["slots"]
     expected = observe_slots(family, folder / "models", ALONE)
-    for kind in ("lora", "low_rank"):
+    expected |= observe_prefix(family, folder / "models", ALONE)
+    for kind in ("lora", "low_rank", "prefix"):
         assert seen[f"{kind} digest"] == expected[f"{kind} digest"]
         assert seen[f"{kind} parameters"] == expected[f"{kind} parameters"]
         assert seen[f"{kind} scores"] == pytest.approx(expected[f"{kind} scores"], abs=1e-4)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import DEVICE
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator import noise
@@ -22,6 +22,7 @@ from orchestrator.seed_sync import Header, Ledger
 
 STEPS = 20
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"], "slots": 4}
+PREFIX = {"kind": "prefix", "tokens": 3, "slots": 4}
 
 
 def batches(seed: int, size: int, num_rows: int) -> Iterator[list[int]]:
@@ -33,7 +34,7 @@ def batches(seed: int, size: int, num_rows: int) -> Iterator[list[int]]:
         yield ids[step * size : (step + 1) * size]
 
 
-def trained_model(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
+def trained_model(config: Config) -> tuple[torch.nn.Module, Mapping[str, torch.Tensor]]:
     """transformers' model, or PEFT's around it, and what of it is trained, by canonical name."""
     space = config.space
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
@@ -42,6 +43,8 @@ def trained_model(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.P
         return model, named
     if space.kind == "low_rank":
         return model, {name: value for name, value in named.items() if is_matrix(name, value)}
+    if space.kind == "prefix":
+        return prefix_model(config, model)
     adapter = LoraConfig(
         r=space.rank, lora_alpha=int(space.alpha), target_modules=list(space.targets)
     )
@@ -57,6 +60,25 @@ def trained_model(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.P
             bound = 1 / math.sqrt(value.shape[1])
             value.data.copy_(torch.from_numpy(2 * drawn - 1).view(value.shape) * bound)
     return model, factors
+
+
+def prefix_model(
+    config: Config, model: torch.nn.Module
+) -> tuple[torch.nn.Module, Mapping[str, torch.Tensor]]:
+    """PEFT's, and the columns of its table: per layer keys, then values."""
+    num_tokens = config.space.tokens
+    model = get_peft_model(
+        model,
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_tokens),
+    )
+    encoders: Any = model.prompt_encoder
+    table = encoders["default"].embedding.weight.data
+    parts = table.chunk(4, dim=1)  # two layers
+    names = [f"model.layers.{n}.prefix_{part}" for n in (0, 1) for part in ("key", "value")]
+    for name, part in zip(names, parts, strict=True):
+        drawn = noise.uniform(config.run.seed, name, part.numel())
+        part.copy_(torch.from_numpy(0.2 * drawn - 0.1).view(part.shape))
+    return model, dict(zip(names, parts, strict=True))
 
 
 def is_matrix(name: str, value: torch.Tensor) -> bool:
@@ -136,6 +158,8 @@ def plain_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
         ("llama", "one_sided", "gaussian", {}),
         ("opt", "two_sided", "gaussian", LORA),
         ("llama", "one_sided", "rademacher", LORA),
+        ("opt", "one_sided", "rademacher", PREFIX),
+        ("llama", "two_sided", "gaussian", PREFIX),
         ("opt", "one_sided", "gaussian", {"kind": "low_rank", "rank": 2, "slots": 4}),
         ("llama", "two_sided", "gaussian", {"kind": "low_rank", "rank": 1, "refresh": 3}),
         ("llama", "two_sided", "rademacher", {"kind": "low_rank", "others": "dense"}),
@@ -156,6 +180,8 @@ def test_twenty_steps_equal_the_plain_loop(
     values["space"] = space
     if space.get("kind") == "lora":  # as pitfalls go: an adapter wants larger steps
         values["estimator"] |= {"eps": 1e-2, "lr": 1e-2}
+    if space.get("kind") == "prefix":  # larger ones yet
+        values["estimator"] |= {"eps": 1e-1, "lr": 1e-2}
     values["run"]["steps"] = STEPS
     config = Config.model_validate(values)
     expected_losses, expected_weights = plain_loop(config)
@@ -199,7 +225,7 @@ def train(config: Config, path: Path) -> list[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", [LORA, {"kind": "low_rank", "rank": 2, "slots": 2}])
+@pytest.mark.parametrize("space", [LORA, {"kind": "low_rank", "rank": 2, "slots": 2}, PREFIX])
 def test_slots_give_the_same_ledger_for_any_fleet_and_after_a_resume(
     space: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from orchestrator.engine import Engine
 from orchestrator.noise import TensorRegion
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.spaces import SpacePlan
+from orchestrator.sweeps import Factors, Slice
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,16 +34,10 @@ def test_low_rank_updates_equal_the_cpus(master_dtype: torch.dtype, rank: int) -
     for sweeps, device in ((sweeps_numba, "cpu"), (sweeps_triton, "cuda")):
         held = master.to(device, copy=True)
         live = torch.empty_like(held, dtype=torch.bfloat16)
-        sweeps.low_rank_update(
-            held,
-            live,
-            region,
-            left=left.to(device),
-            right=right.to(device),
-            coefficients=[1e-3, -2e-3, 3e-4, 0.0, 5e-3],
-            decay=0.999,
-            step=7,
-        )
+        table = sweeps.Table([Slice(region, held, live)])
+        factors = Factors(left.to(device), right.to(device))
+        coefficients = (1e-3, -2e-3, 3e-4, 0.0, 5e-3)
+        table.low_rank_update([factors], StepUpdate(7, (1, 2, 3, 4, 5), coefficients, 0.999))
         results.append((held.cpu(), live.cpu()))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -83,6 +78,7 @@ def test_an_adapter_trains_over_a_base_in_8_bits(recipe: dict[str, Any], tmp_pat
         )
         space = plan.build(engine)
         space.apply(StepUpdate(0, seeds=(1,), coefficients=(0.05,), decay=1.0))
+        space.settle()
         probes = [Probe(1, 7, sign, 0.05, (0,)) for sign in (1, -1)]
         with closing(space.placed(probes)) as groups:
             adapters = [placed.adapter for placed in next(groups)]

@@ -16,6 +16,8 @@ import torch
 
 from orchestrator import noise, sweeps_numba, sweeps_triton
 from orchestrator.noise import TensorRegion
+from orchestrator.records import StepUpdate
+from orchestrator.sweeps import Draw, Slice
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,23 +48,28 @@ def test_sweeps_equal_the_cpus(
     kind: noise.NoiseKind, master_dtype: torch.dtype, live_dtype: torch.dtype
 ) -> None:
     cpu, gpu = tensors(master_dtype, live_dtype), on_gpu(*tensors(master_dtype, live_dtype))
-    for sweeps, (master, live) in ((sweeps_numba, cpu), (sweeps_triton, gpu)):
-        sweeps.perturb(master, live, REGION, kind=kind, seed=2**63 + 5, coefficient=1e-3)
+    tables = (
+        sweeps_numba.Table([Slice(REGION, *cpu)]),
+        sweeps_triton.Table([Slice(REGION, *gpu)]),
+    )
+    for table in tables:
+        table.perturb(kind, [Draw(2**63 + 5, 1e-3)])
     assert torch.equal(cpu[1], gpu[1].cpu())
-    for sweeps, (master, live) in ((sweeps_numba, cpu), (sweeps_triton, gpu)):
-        sweeps.update(
-            master,
-            live,
-            REGION,
-            kind=kind,
-            seeds=list(range(17)),
-            coefficients=[1e-4 * index for index in range(17)],
-            decay=0.999,
-            step=3,
+    updates = [
+        StepUpdate(
+            step,
+            tuple(range(num_seeds)),
+            tuple(1e-4 * index for index in range(num_seeds)),
+            0.999,
         )
+        for step, num_seeds in enumerate((17, 0, 1))
+    ]
+    for table in tables:
+        table.update(kind, updates, then=Draw(7, -1e-3))
     assert torch.equal(cpu[0], gpu[0].cpu())
     assert torch.equal(cpu[1], gpu[1].cpu())
-    assert sweeps_numba.digest(cpu[0], REGION) == sweeps_triton.digest(gpu[0], REGION)
+    for live in (False, True):
+        assert tables[0].digests(live=live) == tables[1].digests(live=live)
     assert gpu[1]._base is not None
     assert torch.equal(gpu[1]._base[:, :20].cpu(), torch.full((37, 20), 7.0, dtype=live_dtype))
 

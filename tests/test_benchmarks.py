@@ -1,0 +1,168 @@
+"""The benchmarks' programs run, and what they compare computes the same things."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from benchmarks import measure, reference, steps, workloads
+from benchmarks.shapes import SHAPES
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.engine import Engine
+from orchestrator.parameters import canonical_tensors
+
+TINY = SHAPES["opt-tiny"]
+EPS, LR, WEIGHT_DECAY = 1e-3, 1e-2, 0.1
+
+
+def tiny(dtype: torch.dtype = torch.float32, lora: bool = False) -> torch.nn.Module:
+    return reference.build(TINY.config, dtype=dtype, device=DEVICE, lora=lora)
+
+
+def batches(name: str) -> list[workloads.Batch]:
+    return list(workloads.batches(name, TINY.config.vocab_size, TINY.config.bos_token_id))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_reference_undoes_a_perturbation_up_to_drift(dtype: torch.dtype, lora: bool) -> None:
+    mezo = reference.Mezo(tiny(dtype, lora), eps=EPS, lr=LR)
+    assert {parameter.dtype for parameter in mezo.parameters} == {dtype}
+    before = [parameter.detach().clone() for parameter in mezo.parameters]
+    mezo.perturb(7, EPS)
+    moves = [now.detach() - was for now, was in zip(mezo.parameters, before, strict=True)]
+    assert torch.cat([move.flatten() for move in moves]).float().std() == pytest.approx(
+        EPS, rel=0.05
+    )
+    mezo.perturb(7, -2 * EPS)
+    mezo.perturb(7, EPS)
+    for now, was in zip(mezo.parameters, before, strict=True):
+        # three roundings, each of half a unit in the last place of a value near the weight's
+        bound = 2 * torch.finfo(dtype).eps * (was.abs() + 5 * EPS)
+        assert torch.all((now - was).abs() <= bound)
+
+
+@pytest.mark.parametrize("num_probes", [1, 2])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("workload", ["4x16", "sst2"])
+def test_the_references_step_is_the_papers(workload: str, lora: bool, num_probes: int) -> None:
+    model = tiny(lora=lora)
+    batch = steps.reference_batch(batches(workload)[0], TINY)
+    other = copy.deepcopy(model)
+    mezo = reference.Mezo(model, eps=EPS, lr=LR, weight_decay=WEIGHT_DECAY, num_probes=num_probes)
+    before = [parameter.detach().clone() for parameter in mezo.parameters]
+    estimates = mezo.step(batch)
+    assert len({seed for seed, _ in estimates}) == num_probes
+
+    trained = [parameter for parameter in other.parameters() if parameter.requires_grad]
+    expected = [value.clone() for value in before]
+    for seed, gradient in estimates:
+        torch.manual_seed(seed)
+        noise = [torch.normal(0.0, 1.0, value.shape, device=DEVICE) for value in before]
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter, value, z in zip(trained, before, noise, strict=True):
+                    parameter.copy_(value + sign * EPS * z)
+                losses.append(batch.loss(other).item())
+        assert gradient == pytest.approx((losses[0] - losses[1]) / (2 * EPS), abs=5e-3)
+        for value, z in zip(expected, noise, strict=True):
+            value -= LR / num_probes * (gradient * z + WEIGHT_DECAY * value)
+    for now, value in zip(mezo.parameters, expected, strict=True):
+        torch.testing.assert_close(now.detach(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_ours_and_the_references_losses_agree(tmp_path: Path) -> None:
+    """On the same weights, whatever is padded there and shared between options here."""
+    model: Any = tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():  # large enough to tell the options apart
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    engine = Engine(str(tmp_path), dtype="float32", device=DEVICE, kv_tokens=512, threads=2)
+    for workload in ("4x16", "sst2"):
+        for batch in batches(workload):
+            with torch.inference_mode():
+                expected = steps.reference_batch(batch, TINY).loss(model).item()
+            scores = engine.score(batch.sequences, batch.spans)
+            assert scores.num_tokens == batch.num_tokens
+            ours = steps.loss(batch, [span.mean for span in scores.spans])
+            assert ours == pytest.approx(expected, rel=1e-4)
+    engine.close()
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_live_tensors_are_the_canonical_ones(
+    family: str, engines: Callable[[str], Engine], model_folders: dict[str, Path]
+) -> None:
+    model = engines(family).model
+    expected = canonical_tensors(model, Checkpoint(model_folders[family]))
+    for live, canonical in zip(steps.live_tensors(model), expected, strict=True):
+        assert (live.region, live.shard) == (canonical.region, canonical.shard)
+        assert live.live.data_ptr() == canonical.live.data_ptr()
+        assert live.live.shape == canonical.live.shape == live.initial.shape
+
+
+def test_reviews_are_as_many_and_as_long_as_said() -> None:
+    first, second = batches("sst2")
+    words = [len(text.split()) for text in (*workloads.BAD, *workloads.GOOD)]
+    assert len(words) == 2 * workloads.BATCH_SIZE
+    assert 3 <= min(words) <= 5
+    assert 40 <= max(words) <= 45
+    tokens = sum(len(tokens) - 4 for batch in (first, second) for tokens in batch.prompts)
+    assert tokens / sum(words) == pytest.approx(1.3, abs=0.1)
+    assert first.num_tokens == pytest.approx(second.num_tokens, rel=0.1)
+    for batch in (first, second):
+        assert sum(batch.labels) == pytest.approx(workloads.BATCH_SIZE / 2, abs=2)
+        assert len(set(batch.sequences)) == 2 * len(set(batch.prompts)) == 32
+
+
+def test_the_order_of_what_is_paired_alternates() -> None:
+    seen: list[str] = []
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    times = measure.paired(calls, turns=3, warmups=1)
+    assert "".join(seen) == "ba" + "ab" + "ba" + "ab"
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_probes", "spaces"), [(1, ["dense:float32", "lora"]), (2, ["dense:bfloat16", "low_rank"])]
+)
+def test_steps_keeps_what_it_measures(
+    num_probes: int, spaces: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {
+        "shapes": "opt-tiny",
+        "tokens": "4x16,sst2",
+        "spaces": ",".join(spaces),
+        "turns": "1",
+        "probes": str(num_probes),
+        "name": "tiny",
+        "results": str(tmp_path),
+    }
+    steps.main([part for key, value in arguments.items() for part in (f"--{key}", value)])
+    assert "times faster" in capsys.readouterr().out
+    (path,) = tmp_path.glob("tiny-*.json")
+    content = json.loads(path.read_text())
+    assert content.keys() == {
+        "date",
+        "commit",
+        "hardware",
+        "versions",
+        "dtype",
+        "copy_bytes_per_second",
+        "bfloat16_operations_per_second",
+        "rows",
+    }
+    rows = content["rows"]
+    assert [row["space"] for row in rows] == [space for space in spaces for _ in range(2)]
+    for row in rows:
+        assert (row["turns"], row["num_probes"]) == (1, num_probes)
+        assert {key for _, key in steps.COLUMNS} <= row.keys()
+        assert all(value > 0 for value in row.values() if not isinstance(value, str))
