@@ -1,83 +1,157 @@
-"""Elements a second of the noise sweeps on this machine's CPU, a table on standard output.
+"""The noise sweeps over all tensors of a model's shape, beside a copy of as many bytes.
 
-    python -m benchmarks.sweeps [THREADS]
+    python -m benchmarks.sweeps [SHAPE] [--threads N] [--results FOLDER]
 
-Medians of seven runs over one tensor of 64 Mi elements, beside torch's plain copy of it.
+One row a sweep: median milliseconds, the bytes that it cannot avoid to move, and how long the
+device's own copy takes for those bytes, as a share of the sweep's time. Above 1 is faster.
 """
 
+import argparse
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from orchestrator import environment
 
-NUM_THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 2
-environment.prepare(NUM_THREADS)
+PARSER = argparse.ArgumentParser(prog="python -m benchmarks.sweeps")
+PARSER.add_argument("shape", nargs="?")
+PARSER.add_argument("--threads", type=int, default=2)
+PARSER.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
+OPTIONS = PARSER.parse_args() if __name__ == "__main__" else PARSER.parse_args([])
+environment.prepare(OPTIONS.threads)
 
 import numba  # noqa: E402
 import torch  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
-from benchmarks.measure import medians, paired  # noqa: E402
+from benchmarks import measure  # noqa: E402
+from benchmarks.shapes import SHAPES  # noqa: E402
 from orchestrator.noise import NoiseKind, TensorRegion  # noqa: E402
 from orchestrator.records import StepUpdate  # noqa: E402
-from orchestrator.sweeps import Draw, Factors, Slice  # noqa: E402
-from orchestrator.sweeps_numba import Table  # noqa: E402
+from orchestrator.space import table  # noqa: E402
+from orchestrator.sweeps import Draw, Factors, Slice, Table  # noqa: E402
 
-SIZE = 64 * 2**20
-REGION = TensorRegion("model.embed_tokens.weight", 0, SIZE)
+KINDS: tuple[NoiseKind, ...] = ("gaussian", "rademacher")
+RANK = 8
+COLUMNS = (
+    ("sweep", "sweep"),
+    ("ms", "ms"),
+    ("GB", "gigabytes"),
+    ("GB/s", "gigabytes_a_second"),
+    ("copy / sweep", "copy_over_sweep"),
+)
+Sweep = tuple[str, int, Callable[[], object]]
+"""A name, the bytes to move, and the call."""
 
 
-def measure(name: str, sweep: Callable[[], object]) -> None:
-    taken = medians(paired({name: sweep}, turns=7, warmups=1))[name]  # the first compiles
-    print(f"{name:52s} {SIZE / taken / 1e6:8.0f} million elements/s")
+def tensor_shapes(name: str) -> list[tuple[str, tuple[int, int]]]:
+    """All tensors of a model, as [rows, columns]."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[name].config)
+    return [
+        (key, (math.prod(value.shape[:-1]), value.shape[-1]))
+        for key, value in model.named_parameters()
+    ]
+
+
+def slices(name: str, stored: torch.dtype, served: torch.dtype, shared: bool) -> list[Slice]:
+    """Random masters of all tensors, and live weights; or with `shared` both in one."""
+    parts = []
+    for key, (rows, columns) in tensor_shapes(name):
+        master = torch.randn(rows, columns, device=measure.DEVICE, dtype=stored)
+        live = master if shared else torch.empty_like(master, dtype=served)
+        parts.append(Slice(TensorRegion(key, 0, columns), master, live))
+    return parts
 
 
 def step(num_seeds: int) -> StepUpdate:
     return StepUpdate(0, tuple(range(num_seeds)), (1e-9,) * num_seeds, decay=1.0)
 
 
-def measure_low_rank(num_seeds: int, rank: int) -> None:
-    rows = columns = math.isqrt(SIZE)
-    master = torch.randn(rows, columns)
-    region = TensorRegion("model.layers.0.mlp.up_proj.weight", 0, columns)
-    table = Table([Slice(region, master, torch.empty_like(master))])
-    left, right = torch.randn(num_seeds, rows, rank), torch.randn(num_seeds, rank, columns)
-    seeds = f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"
-    measure(
-        f"low_rank_update, {seeds}, rank {rank}, float32 -> float32",
-        lambda: table.low_rank_update([Factors(left, right)], step(num_seeds)),
-    )
+def dense_sweeps(whole: Table, kind: NoiseKind, stored: int, served: int, size: int) -> list[Sweep]:
+    perturbed, updated = (stored + served) * size, (2 * stored + served) * size
+    draw = Draw(1, 1e-3)
+    return [
+        (f"perturb, {kind}", perturbed, lambda: whole.perturb(kind, [draw])),
+        (f"update by 1 seed, {kind}", updated, lambda: whole.update(kind, [step(1)])),
+        (
+            f"update by 1 seed and perturb, {kind}",
+            updated,
+            lambda: whole.update(kind, [step(1)], then=draw),
+        ),
+        (f"update by 16 seeds, {kind}", updated, lambda: whole.update(kind, [step(16)])),
+    ]
 
 
-def measure_dtypes(master_dtype: torch.dtype, live_dtype: torch.dtype) -> None:
-    master = torch.randn(1, SIZE).to(master_dtype)
-    live = torch.empty(1, SIZE, dtype=live_dtype)
-    table = Table([Slice(REGION, master, live)])
-    dtypes = f"{master_dtype} -> {live_dtype}".replace("torch.", "")
-    kinds: tuple[NoiseKind, ...] = ("gaussian", "rademacher")
-    for kind in kinds:
+def low_rank_sweeps(parts: list[Slice], moved: int) -> Iterator[Sweep]:
+    matrices = [part for part in parts if part.live.shape[0] > 1]
+    size = sum(part.live.numel() for part in matrices)
+    whole = table(matrices)
+    for num_seeds in (1, 8):
+        factors = [
+            Factors(
+                torch.randn(num_seeds, part.live.shape[0], RANK, device=part.live.device),
+                torch.randn(num_seeds, RANK, part.live.shape[1], device=part.live.device),
+            )
+            for part in matrices
+        ]
 
-        def perturb(kind: NoiseKind = kind) -> None:
-            table.perturb(kind, [Draw(seed=1, coefficient=1e-3)])
+        def update(factors: list[Factors] = factors, count: int = num_seeds) -> None:
+            whole.low_rank_update(factors, step(count))
 
-        def update(kind: NoiseKind = kind, num_seeds: int = 1) -> None:
-            table.update(kind, [step(num_seeds)])
+        yield f"low-rank update, rank {RANK}, seeds {num_seeds}", moved * size, update
 
-        measure(f"perturb, {kind}, {dtypes}", perturb)
-        measure(f"update, 1 seed, {kind}, {dtypes}", update)
-        measure(
-            f"update, 8 seeds, {kind}, {dtypes}",
-            lambda update=update: update(num_seeds=8),  # type: ignore[misc]
-        )
-    measure(f"copy, {dtypes}", lambda: live.copy_(master))
-    measure(f"digest, {dtypes}", table.digests)
+
+def measured(sweep: Sweep, dtypes: str, copy_rate: float, turns: int) -> dict[str, Any]:
+    name, moved, call = sweep
+    taken = measure.medians(measure.paired({name: call}, turns))[name]
+    return {
+        "sweep": f"{name}, {dtypes}",
+        "ms": 1e3 * taken,
+        "gigabytes": moved / 1e9,
+        "gigabytes_a_second": moved / taken / 1e9,
+        "copy_over_sweep": moved / copy_rate / taken,
+    }
+
+
+def run(shape: str, turns: int) -> list[dict[str, Any]]:
+    """All sweeps over a model's tensors."""
+    live = getattr(torch, measure.DTYPE)
+    copy_rate = measure.copy_rate()
+    rows = []
+    for stored in (torch.float32, torch.bfloat16):
+        parts = slices(shape, stored, live, shared=False)
+        size = sum(part.live.numel() for part in parts)
+        whole = table(parts)
+        dtypes = f"{stored} -> {live}".replace("torch.", "")
+        widths = stored.itemsize, live.itemsize
+        sweeps = [sweep for kind in KINDS for sweep in dense_sweeps(whole, kind, *widths, size)]
+        sweeps.append(("digest", stored.itemsize * size, whole.digests))
+        shared = stored is live
+        if not shared:
+            sweeps += low_rank_sweeps(parts, 2 * stored.itemsize + live.itemsize)
+        rows += [measured(sweep, dtypes, copy_rate, turns) for sweep in sweeps]
+        if shared:
+            alone = slices(shape, stored, live, shared=True)
+            rows += [
+                measured(sweep, f"{dtypes}, the master is live", copy_rate, turns)
+                for sweep in low_rank_sweeps(alone, 2 * stored.itemsize)
+            ]
+    return rows
+
+
+def main() -> None:
+    torch.set_num_threads(OPTIONS.threads)
+    numba.set_num_threads(OPTIONS.threads)
+    shape = OPTIONS.shape or ("opt-13b" if measure.ON_GPU else "opt-tiny")
+    print(measure.header())
+    print(f"{shape}; copy: {measure.copy_rate() / 1e9:.0f} GB/s")
+    rows = run(shape, turns=15 if measure.ON_GPU else 5)
+    titles, keys = zip(*COLUMNS, strict=True)
+    measure.print_table(titles, [[row[key] for key in keys] for row in rows])
+    measure.write_results(f"sweeps-{shape}", rows, OPTIONS.results)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(NUM_THREADS)
-    numba.set_num_threads(NUM_THREADS)
-    print(f"{NUM_THREADS} threads, torch {torch.__version__}, numba {numba.__version__}")
-    measure_dtypes(torch.float32, torch.float32)
-    measure_dtypes(torch.float32, torch.bfloat16)
-    measure_low_rank(num_seeds=1, rank=4)
-    measure_low_rank(num_seeds=8, rank=4)
+    main()

@@ -33,16 +33,6 @@ BACKEND = "segments"
 QKV = "qkv_proj"
 
 
-@register_lora_backend(BACKEND)
-def _backend() -> type[BaseLoRABackend]:
-    return SegmentBackend
-
-
-# ServerArgs itself takes any name; its command line takes these.
-if BACKEND not in sglang_arguments.LORA_BACKEND_CHOICES:
-    sglang_arguments.LORA_BACKEND_CHOICES.append(BACKEND)
-
-
 @dataclass(slots=True)
 class Batch:
     """What the layers of a forward share."""
@@ -151,8 +141,8 @@ class SegmentBackend(BaseLoRABackend):  # type: ignore[misc]  # SGLang has no ty
         `n_slices`; of these, what no adapter trains is left out.
         """
         bounds = output_offset_cpu.tolist()
-        indices = self._trained_qkv if n_slices is None else range(n_slices)
-        slices = tuple(Slice(index, bounds[index], bounds[index + 1]) for index in indices)
+        positions = self._trained_qkv if n_slices is None else range(n_slices)
+        slices = tuple(Slice(i, bounds[i], bounds[i + 1]) for i in positions)
         parts = shrink(x, qkv_lora_a, self._tiles)
         expand(parts, qkv_lora_b, base_output, self._tiles, slices)
         return base_output
@@ -189,7 +179,7 @@ class SegmentBackend(BaseLoRABackend):  # type: ignore[misc]  # SGLang has no ty
             gate_up = getattr(module, "gate_up_proj", None)
             activation = getattr(module, "act_fn", None)
             if (
-                type(activation) is SiluAndMul
+                isinstance(activation, SiluAndMul)
                 and isinstance(gate_up, MergedColumnParallelLinearWithLoRA)
                 and gate_up.set_lora
                 and gate_up.use_gate_up_lora
@@ -226,3 +216,9 @@ def _trained_members(module: str, targets: set[str]) -> tuple[int, ...]:
     """Which slices of a fused module adapters train; all of them where its own name is given."""
     named = tuple(index for index, member in enumerate(FUSED[module]) if member in targets)
     return tuple(range(len(FUSED[module]))) if module in targets or not named else named
+
+
+register_lora_backend(BACKEND)(lambda: SegmentBackend)
+# ServerArgs itself takes any name; its command line takes these.
+if BACKEND not in sglang_arguments.LORA_BACKEND_CHOICES:
+    sglang_arguments.LORA_BACKEND_CHOICES.append(BACKEND)

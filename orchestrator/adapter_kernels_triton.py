@@ -39,7 +39,7 @@ class Launch(NamedTuple):
 
 
 SHRINK = Launch(block=256, warps=4, stages=4)
-EXPAND = Launch(block=128, warps=4, stages=1)
+EXPAND = Launch(block=128, warps=8, stages=1)
 ACTIVATE = Launch(block=128, warps=8, stages=1)
 
 
@@ -58,7 +58,7 @@ class RowTiles(NamedTuple):
 class Slice(NamedTuple):
     """Columns of an output that one of several stacked modules makes."""
 
-    index: int
+    position: int
     first: int
     end: int
 
@@ -141,8 +141,8 @@ def expand(
 ) -> None:
     """Add scaling * (x A^T) B^T of each row's slot to `output` [rows, outputs], in place.
 
-    `parts` is shrink's; `factors` [slots, outputs, rank] gives the columns of slice i from ranks
-    i * rank on. What lies in none of the `slices`, and rows without a slot, stay untouched.
+    `parts` is shrink's; `factors` [slots, outputs, rank] gives a slice's columns from parts
+    position * rank on. What lies in none of the `slices`, and rows without a slot, stay untouched.
     """
     _require_contiguous(parts, factors, output)
     num_splits, rows, width = parts.shape
@@ -216,9 +216,9 @@ def _require_contiguous(*tensors: torch.Tensor) -> None:
 
 @cache
 def _column_tiles(slices: tuple[Slice, ...], block: int, device: torch.device) -> torch.Tensor:
-    """int32 [tiles, 4] on the device: first column, end of the slice, its index, nothing."""
+    """int32 [tiles, 4] on the device: first column, end of the slice, its position, nothing."""
     tiles = [
-        (column, part.end, part.index, 0)
+        (column, part.end, part.position, 0)
         for part in slices
         for column in range(part.first, part.end, block)
     ]
@@ -289,7 +289,7 @@ def _expand(
     # Neighbours write next to each other.
     program = tl.program_id(0)
     entry = column_tiles + (program % num_columns) * TABLE_WIDTH
-    first, end, index = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    first, end, position = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     tile = program // num_columns
     first_row, row, in_tile, slot, scaling = _row_tile(row_tiles, tile, BLOCK_ROWS)
     if slot < 0:
@@ -302,7 +302,7 @@ def _expand(
     targets = output + first_row * OUTPUTS + row[:, None] * OUTPUTS + column[None, :]
     base = tl.load(targets, mask=inside, other=0)  # under way while the product is made
     right = _factors(factors, slot, column, in_slice, OUTPUTS, RANK, PADDED_RANK)
-    parts += first_row * WIDTH + index * RANK
+    parts += first_row * WIDTH + position * RANK
     left = _sum_parts(parts, row, in_tile, num_rows, WIDTH, RANK, PADDED_RANK, NUM_SPLITS)
     delta = tl.dot(left.to(right.dtype), right, input_precision="ieee") * scaling
     tl.store(targets, (base.to(tl.float32) + delta).to(base.dtype), mask=inside)

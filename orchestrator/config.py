@@ -65,6 +65,8 @@ class Space(Section):
     """lora: names of the linear modules that the adapter acts on."""
     alpha: PositiveFloat = 16.0
     """lora: the adapter's output is scaled by alpha / rank."""
+    train: Literal["A+B", "B"] = "A+B"
+    """lora: both factors, or B alone, with A as it was drawn: LoRA-FA, Zhang et al. 2023."""
     init: str | None = None
     """lora, prefix: a folder with a PEFT adapter to start from, instead of random first values."""
     tokens: Positive = 5
@@ -100,6 +102,7 @@ SPACE_KEYS = {
     "rank": ("lora", "low_rank"),
     "targets": ("lora",),
     "alpha": ("lora",),
+    "train": ("lora",),
     "init": ("lora", "prefix"),
     "tokens": ("prefix",),
     "refresh": ("low_rank",),

@@ -24,6 +24,12 @@ SGLANG_VERSION = "0.5.17"
 # The modules of OPT that SGLang's LoRA code does not know by name.
 OPT_MODULES = frozenset({"fc1", "fc2"})
 _MARK = "_orchestrator_patch"
+_LAYERS_WITHOUT_FLOAT32 = (
+    ("sglang.srt.layers.layernorm", "RMSNorm"),
+    ("sglang.srt.layers.activation", "SiluAndMul"),
+    ("sglang.srt.layers.activation", "GeluAndMul"),
+    ("sglang.srt.layers.rotary_embedding.base", "RotaryEmbedding"),
+)
 _LORA_MODULES_THAT_PIN = ("backend.torch_backend", "layers", "lora", "mem_pool")
 
 
@@ -39,6 +45,8 @@ def apply(device: str) -> tuple[str, ...]:
     if device == "cpu":
         applied += [use_cpu_engine(), stand_in_for_sgl_kernel()]
         applied += [leave_nccl_out_on_cpu(), ignore_pinned_memory()]
+    else:
+        applied += [compute_float32_natively()]
     applied += [name_opt_modules_to_lora()]
     if os.environ.get("SGLANG_ALLOW_REUSE_DISTRIBUTED", "").lower() in ("1", "true"):
         applied += [reuse_world(), reuse_process_groups(), replace_expert_locations()]
@@ -151,6 +159,32 @@ def ignore_pinned_memory() -> str:
             module.torch = _Unpinned(torch)
     _replace(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
     return "ignore_pinned_memory"
+
+
+def compute_float32_natively() -> str:
+    """Run models in float32 on a GPU, with torch's operations where SGLang's kernels cannot.
+
+    Symptom: RuntimeError, "rmsnorm ... failed to dispatch data type Float", from Llama and others.
+    Cause: sgl_kernel is compiled for 16-bit values; the layers call it for any.
+    Seen in 0.5.17. Can go when sgl_kernel takes float32, or the layers choose by dtype.
+    """
+    for module_name, class_name in _LAYERS_WITHOUT_FLOAT32:
+        layer_class: Any = getattr(importlib.import_module(module_name), class_name, None)
+        if layer_class is None or not hasattr(layer_class, "forward_native"):
+            _refuse(f"{module_name}.{class_name} has no forward_native")
+        _replace(layer_class, "forward_cuda", _native_for_float32(layer_class.forward_cuda))
+    return "compute_float32_natively"
+
+
+def _native_for_float32(original: Callable[..., Any]) -> Callable[..., Any]:
+    torch = importlib.import_module("torch")
+
+    def forward(layer: Any, *values: Any, **others: Any) -> Any:
+        if any(getattr(value, "dtype", None) is torch.float32 for value in values):
+            return layer.forward_native(*values, **others)
+        return original(layer, *values, **others)
+
+    return forward
 
 
 def name_opt_modules_to_lora() -> str:

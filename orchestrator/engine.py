@@ -9,7 +9,7 @@ import itertools
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.prefix_slots import PrefixPlan, PrefixSlots
 from orchestrator.runner import ALONE, Runner, World
+from orchestrator.score_plan import Row, ScorePlan, Scores
 
 MAX_BATCH_SEQUENCES = 256
 MAX_ROWS_PER_SOFTMAX = 1024  # bounds the float32 logits that exist at one time
@@ -38,22 +39,12 @@ VIRTUAL_TOKEN = 0  # holds the place of a prefix slot's; never computed
 
 
 @dataclass(frozen=True, slots=True)
-class SpanScore:
-    """Log-probability (natural logarithm) of a span's tokens, given all tokens before each."""
+class Launched:
+    """A plan's forwards, which the device may still be at; `Engine.read` waits for them."""
 
-    mean: float
-    sum: float
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Answer of `Engine.score`: one entry a sequence, and the work it took."""
-
-    spans: list[SpanScore]
-    num_tokens: int
-    """Tokens that went through the model."""
+    logprobs: list[torch.Tensor]
+    """Per batch, float32, in the order of rows and targets."""
     num_reused: int
-    """Tokens whose KV entries were found in the cache."""
 
 
 class ScoringHead(nn.Module):
@@ -99,14 +90,6 @@ class ScoringHead(nn.Module):
             chosen = logits.gather(1, tokens[:, None])[:, 0]
             scored.append(chosen - logits.logsumexp(dim=1))
         return LogitsProcessorOutput(next_token_logits=None, input_token_logprobs=torch.cat(scored))
-
-
-@dataclass(slots=True, eq=False)
-class _Prompt:
-    """Distinct input tokens, and the (position, token) pairs to score on them, in order."""
-
-    tokens: tuple[int, ...]
-    targets: dict[tuple[int, int], None] = field(default_factory=dict)
 
 
 class Engine:
@@ -239,32 +222,40 @@ class Engine:
         not fit its sequence, ConfigError for a sequence that, times the adapters, is longer than
         the KV pool.
         """
-        prompts: dict[tuple[int, ...], _Prompt] = {}
-        pairs = []  # per sequence: its prompt, and what of it makes up the span
-        for tokens, (start, end) in zip(sequences, spans, strict=True):
-            if not 1 <= start < end <= len(tokens):
-                raise ValueError(f"span {start}..{end} in a sequence of {len(tokens)} tokens")
-            inputs = tuple(tokens[: end - 1])
-            prompt = prompts.setdefault(inputs, _Prompt(inputs))
-            wanted = [(position, tokens[position + 1]) for position in range(start - 1, end - 1)]
-            prompt.targets.update(dict.fromkeys(wanted))
-            pairs.append((prompt, wanted))
-        num_tokens = num_reused = 0
-        distinct = list(prompts.values())
-        logprobs: dict[tuple[str | None, _Prompt], dict[tuple[int, int], float]] = {}
-        for batch in self._split([len(prompt.tokens) for prompt in distinct], len(adapters)):
-            # The rows of an adapter stand together: kernels then work on few, long segments.
-            rows = [(adapter, distinct[index]) for adapter in adapters for index in batch]
+        plan = self.plan(sequences, spans, adapters)
+        return self.read(plan, [self.launch(plan, namespace)])[0]
+
+    def plan(
+        self,
+        sequences: Sequence[Sequence[int]],
+        spans: Sequence[tuple[int, int]],
+        adapters: Sequence[str | None] = (None,),
+    ) -> ScorePlan:
+        """Lay out a call of `score`, to be launched any number of times. Raises what that does."""
+        plan = ScorePlan(sequences, spans, adapters)
+        plan.split(self._split([len(prompt.tokens) for prompt in plan.prompts], len(adapters)))
+        return plan
+
+    @torch.no_grad()
+    def launch(self, plan: ScorePlan, namespace: str | None = None) -> Launched:
+        """Start a plan's forwards under the weights of now, without waiting for the device."""
+        self._runner.activate()
+        logprobs, num_reused = [], 0
+        for rows in plan.batches:
             values, reused = self._forward(rows, namespace)
-            logprobs.update(zip(rows, values, strict=True))
-            num_tokens += sum(len(prompt.tokens) for _, prompt in rows) - reused
+            logprobs.append(values)
             num_reused += reused
-        scores = []
-        for adapter in adapters:
-            for (prompt, wanted), (start, end) in zip(pairs, spans, strict=True):
-                total = sum(logprobs[adapter, prompt][pair] for pair in wanted)
-                scores.append(SpanScore(mean=total / (end - start), sum=total))
-        return Scores(scores, num_tokens, num_reused)
+        return Launched(logprobs, num_reused)
+
+    def read(self, plan: ScorePlan, launches: Sequence[Launched]) -> list[Scores]:
+        """The scores of a plan's launches, by one transfer from the device."""
+        every = [values for launched in launches for values in launched.logprobs]
+        flat = torch.cat(every).tolist() if every else []
+        size = plan.num_targets
+        return [
+            plan.scores(flat[number * size : (number + 1) * size], launched.num_reused)
+            for number, launched in enumerate(launches)
+        ]
 
     @torch.no_grad()
     def generate(
@@ -337,33 +328,31 @@ class Engine:
                 self._release(request, keep=False)
         return [_until(request.output_ids, stop_tokens) for request in requests]
 
-    def _forward(
-        self, rows: Sequence[tuple[str | None, _Prompt]], namespace: str | None
-    ) -> tuple[list[dict[tuple[int, int], float]], int]:
-        """Each row's log-probabilities of its prompt's targets, and the tokens that were reused."""
-        self._runner.activate()
+    def _forward(self, rows: Sequence[Row], namespace: str | None) -> tuple[torch.Tensor, int]:
+        """The rows' targets' log-probabilities, and the tokens that were reused."""
         requests: list[Req] = []
         scored = False
         try:
-            for adapter, prompt in rows:
+            for row in rows:
                 # A prefix may be reused up to the first scored position, which needs its logits.
-                first = min(position for position, _ in prompt.targets)
-                requests.append(self._request(prompt.tokens, namespace, first, adapter))
-            num_reused = sum(
-                self._num_reused(adapter, request)
-                for (adapter, _), request in zip(rows, requests, strict=True)
-            )
+                prompt = row.prompt
+                requests.append(
+                    self._request(prompt.tokens, namespace, prompt.first_scored, row.adapter)
+                )
+            reused = [
+                self._num_reused(row.adapter, request)
+                for row, request in zip(rows, requests, strict=True)
+            ]
             forward_batch = self._forward_batch(self._schedule(requests))
-            with self._head.scoring(*self._targets(rows, requests)):
+            with self._head.scoring(*self._targets(rows, reused)):
                 output = self._runner.forward(forward_batch)
-            values = iter(output.input_token_logprobs.tolist())
             scored = True
         finally:
             # Entries of a forward that failed must not be found later.
             keep = namespace is not None and scored
-            for (adapter, _), request in zip(rows, requests, strict=False):
-                self._release(request, keep and self._prefix(adapter) is None)
-        return [{pair: next(values) for pair in prompt.targets} for _, prompt in rows], num_reused
+            for row, request in zip(rows, requests, strict=False):
+                self._release(request, keep and self._prefix(row.adapter) is None)
+        return output.input_token_logprobs, sum(reused)
 
     def _schedule(self, requests: list[Req]) -> ScheduleBatch:
         """Allocate slots for the requests, and lay them out as one prefill batch."""
@@ -388,17 +377,16 @@ class Engine:
         )
 
     def _targets(
-        self, rows: Sequence[tuple[str | None, _Prompt]], requests: list[Req]
+        self, rows: Sequence[Row], reused: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Flat positions of the batch that are scored, and the token to score at each (int64)."""
         positions, tokens = [], []
         start = 0
-        for (adapter, prompt), request in zip(rows, requests, strict=True):
-            num_reused = self._num_reused(adapter, request)
-            for position, token in prompt.targets:
+        for row, num_reused in zip(rows, reused, strict=True):
+            for position, token in row.prompt.targets:
                 positions.append(start + position - num_reused)
                 tokens.append(token)
-            start += len(prompt.tokens) - num_reused
+            start += len(row.prompt.tokens) - num_reused
         return torch.tensor(positions, device=self.device), torch.tensor(tokens, device=self.device)
 
     def _request(

@@ -4,9 +4,11 @@ Owns the adapter's first values and its export; its state is as in every slotted
 LoRA, 2021; first values and names are PEFT's. Knows nothing of losses.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ class LoraSpace(SlottedSpace):
         noise_kind: NoiseKind,
         seed: int,
         initial: Initial | None = None,
+        train: Literal["A+B", "B"] = "A+B",
     ) -> None:
         """Start from the `initial` factors, by canonical name, or from PEFT's, drawn by `seed`.
 
@@ -41,14 +44,21 @@ class LoraSpace(SlottedSpace):
         self._settings = settings
         values = first_values(slots.factors, seed) if initial is None else initial
         _check_fit(slots.factors, values)
-        tensors = [
-            SlottedTensor(factor.name, factor.shard, values[factor.name], factor.views)
-            for factor in slots.factors
-        ]
+        tensors = []
+        self._frozen: dict[str, torch.Tensor] = {}
+        for factor in slots.factors:
+            value = values[factor.name]
+            if train == "B" and factor.name.endswith("lora_A.weight"):
+                self._frozen[factor.name] = value
+                for view in factor.views:
+                    view.copy_(value[factor.shard.cells])
+            else:
+                tensors.append(SlottedTensor(factor.name, factor.shard, value, factor.views))
         super().__init__(slots.names, tensors, noise_kind)
 
     def export(self, base: Path, folder: Path) -> None:
-        write_adapter(base, folder, self._settings, self.values())
+        factors = itertools.chain(self._frozen.items(), self.values())
+        write_adapter(base, folder, self._settings, factors)
 
 
 def first_values(factors: Sequence[Factor], seed: int) -> dict[str, torch.Tensor]:

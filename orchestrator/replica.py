@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from orchestrator import checkpoint, tasks
 from orchestrator.config import Config, ConfigError
-from orchestrator.engine import Engine
+from orchestrator.engine import Engine, Launched
 from orchestrator.objectives import option_cross_entropy
 from orchestrator.records import ExampleScore, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
-from orchestrator.space import Placed
+from orchestrator.score_plan import ScorePlan, Scores
 from orchestrator.spaces import SpacePlan
 
 RECORDED_PACKAGES = ("sglang", "torch", "transformers", "ray", "numpy")
@@ -73,8 +73,25 @@ class Replica:
     def evaluate(self, updates: Sequence[StepUpdate], probes: Sequence[Probe]) -> list[ProbeLoss]:
         """The probes' losses, at the state that the updates lead to."""
         self._catch_up(updates)
+        if not probes:
+            return []
+        encodings = self._encoder.encode("train", self._examples(probes))
+        launches: dict[tuple[str | None, ...], list[Launched]] = {}
+        plans: dict[tuple[str | None, ...], ScorePlan] = {}
+        order = []
         with closing(self.space.placed(probes)) as groups:
-            return [loss for group in groups for loss in self._losses(group)]
+            for group in groups:
+                adapters = tuple(placed.adapter for placed in group)
+                if adapters not in plans:
+                    plans[adapters] = self._plan(encodings, adapters)
+                launches.setdefault(adapters, []).append(self.engine.launch(plans[adapters]))
+                order.append(adapters)
+        # The device has all forwards by now; waiting for one before the next would leave it idle.
+        losses = {
+            adapters: iter(self._losses(encodings, plans[adapters], launched))
+            for adapters, launched in launches.items()
+        }
+        return [loss for adapters in order for loss in next(losses[adapters])]
 
     def score(
         self, updates: Sequence[StepUpdate], split: Split, examples: Sequence[int]
@@ -83,7 +100,8 @@ class Replica:
         self._catch_up(updates)
         self.space.settle()
         encodings = self._encoder.encode(split, examples)
-        (scores,), _ = self._score(encodings, [self.space.adapter])
+        plan = self._plan(encodings, (self.space.adapter,))
+        (scores,) = _by_option(encodings, self.engine.read(plan, [self.engine.launch(plan)])[0])
         return [
             ExampleScore(
                 id=id,
@@ -118,36 +136,51 @@ class Replica:
             self.space.apply(update)
             self._next_step += 1
 
-    def _losses(self, group: Sequence[Placed]) -> list[ProbeLoss]:
-        """Losses of probes whose perturbations are in place together."""
-        examples = group[0].probe.examples
-        for placed in group:
-            assert placed.probe.step == self._next_step, f"{placed} at step {self._next_step}"
-            assert placed.probe.examples == examples, "a step's probes score the same examples"
-        encodings = self._encoder.encode("train", examples)
-        scores, num_tokens = self._score(encodings, [placed.adapter for placed in group])
-        losses = []
-        for options_per_example in scores:
-            values = [
-                option_cross_entropy(options, encoding.label)
-                for options, encoding in zip(options_per_example, encodings, strict=True)
-            ]
-            losses.append(ProbeLoss(sum(values) / len(values), num_tokens // len(group)))
-        return losses
+    def _examples(self, probes: Sequence[Probe]) -> tuple[int, ...]:
+        """The examples that all probes of a step score."""
+        for probe in probes:
+            assert probe.step == self._next_step, f"{probe} at step {self._next_step}"
+            assert probe.examples == probes[0].examples, "a step's probes score the same examples"
+        return probes[0].examples
 
-    def _score(
-        self, encodings: Sequence[tasks.Encoding], adapters: Sequence[str | None]
-    ) -> tuple[list[list[list[float]]], int]:
-        """Mean log-probability per adapter, example and option; the tokens that were computed."""
-        scores = self.engine.score(
+    def _plan(
+        self, encodings: Sequence[tasks.Encoding], adapters: tuple[str | None, ...]
+    ) -> ScorePlan:
+        return self.engine.plan(
             [sequence for encoding in encodings for sequence in encoding.sequences],
             [span for encoding in encodings for span in encoding.spans],
-            adapters=adapters,
+            adapters,
         )
-        means = iter(span.mean for span in scores.spans)
+
+    def _losses(
+        self, encodings: Sequence[tasks.Encoding], plan: ScorePlan, launches: Sequence[Launched]
+    ) -> list[list[ProbeLoss]]:
+        """Per launch of a plan, the losses under each of its adapters."""
         return [
-            [[next(means) for _ in encoding.spans] for encoding in encodings] for _ in adapters
-        ], scores.num_tokens
+            [
+                ProbeLoss(_mean_loss(encodings, scores), answer.num_tokens // len(plan.adapters))
+                for scores in _by_option(encodings, answer)
+            ]
+            for answer in self.engine.read(plan, launches)
+        ]
+
+
+def _by_option(encodings: Sequence[tasks.Encoding], scores: Scores) -> list[list[list[float]]]:
+    """Mean log-probability per adapter, example and option."""
+    means = iter(span.mean for span in scores.spans)
+    num_spans = sum(len(encoding.spans) for encoding in encodings)
+    return [
+        [[next(means) for _ in encoding.spans] for encoding in encodings]
+        for _ in range(len(scores.spans) // num_spans)
+    ]
+
+
+def _mean_loss(encodings: Sequence[tasks.Encoding], scores: Sequence[Sequence[float]]) -> float:
+    values = [
+        option_cross_entropy(options, encoding.label)
+        for options, encoding in zip(scores, encodings, strict=True)
+    ]
+    return sum(values) / len(values)
 
 
 def _encoder(config: Config, folder: Path, data: tasks.TaskData) -> tasks.Encoder:

@@ -17,6 +17,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.distributed.parallel_state_wrapper import ParallelState
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.runner_utils.pool import set_global_graph_memory_pool
 from sglang.srt.runtime_context import get_context, publish
 from sglang.srt.server_args import ServerArgs
 
@@ -77,6 +78,8 @@ class Runner:
                     nccl_port=UNUSED_PORT,
                     server_args=arguments,
                 )
+                # Graphs of an earlier runner, and their memory, may be gone: the pool is then dead.
+                set_global_graph_memory_pool(None)
                 self.model_runner.alloc_memory_pool()
                 self.model_runner.init_attention_backends()
                 self.model_runner.init_cuda_graphs()

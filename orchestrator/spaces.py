@@ -146,6 +146,7 @@ class SpacePlan:
                 noise_kind=estimator.noise,
                 seed=config.run.seed,
                 initial=self._initial,
+                train=space.train,
             )
         if space.kind == "prefix":
             assert engine.prefixes is not None

@@ -109,7 +109,7 @@ def observe_slots(family: str, models: Path, world: World) -> dict[str, Any]:
             adapters = [placed.adapter for placed in next(groups)]
             scores = engine.score(SEQUENCES, spans, adapters=[*adapters, space.adapter]).spans
             seen[f"{kind} scores"] = [span.sum for span in scores]
-        state = space.factors() if kind == "lora" else space.weights()
+        state = space.values() if kind == "lora" else space.weights()
         seen[f"{kind} state"] = dict(state)
         engine.close()
     return seen

@@ -1,4 +1,4 @@
-"""Adapter slots on a GPU: over a base in 8 bits, and low-rank sums with the CPU's bits."""
+"""Adapter slots on a GPU: our kernels, a base in 8 bits, and low-rank sums with the CPU's bits."""
 
 from contextlib import closing
 from pathlib import Path
@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from test_adapter_kernels import INTERLEAVED, PLAIN, RANKS, SEGMENTS, Batch, check_products
+from test_adapter_spaces import SEQUENCES, SPANS, peft_model, probes, reference_sums, sums
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from orchestrator import sweeps_numba, sweeps_triton
+from orchestrator import adapter_kernels, sweeps_numba, sweeps_triton
+from orchestrator.adapter_kernels_triton import Slice as Columns
+from orchestrator.adapter_kernels_triton import cut_rows, expand, shrink
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import Config
 from orchestrator.engine import Engine
+from orchestrator.lora import LoraSpace
 from orchestrator.noise import TensorRegion
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.spaces import SpacePlan
@@ -87,3 +92,140 @@ def test_an_adapter_trains_over_a_base_in_8_bits(recipe: dict[str, Any], tmp_pat
         engine.close()
     assert found["fp8"] == pytest.approx(found[None], abs=0.1)
     assert len(set(found["fp8"][::2])) == 4  # plus, minus, trained, base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", RANKS)
+def test_products_are_the_plain_sums(rank: int, dtype: torch.dtype) -> None:
+    check_products("cuda", SEGMENTS, rank, dtype)
+
+
+@pytest.mark.parametrize("batch", [INTERLEAVED, PLAIN])
+def test_products_of_any_order_are_the_plain_sums(batch: Batch) -> None:
+    check_products("cuda", batch, 8, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_products_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    x, a, b, base = drawn(500, 8192), drawn(2, 24, 8192), drawn(2, 1024, 8), drawn(500, 1024)
+    slices = (Columns(0, 0, 512), Columns(1, 512, 768), Columns(2, 768, 1024))
+
+    def products(rows: slice, lengths: list[int], slots: list[int]) -> torch.Tensor:
+        tiles = cut_rows(lengths, slots, [0.01, 0.01])
+        tiles = tiles._replace(table=tiles.table.cuda())
+        output = base[rows].clone()
+        expand(shrink(x[rows].contiguous(), a, tiles), b, output, tiles, slices)
+        return output
+
+    whole = products(slice(0, 500), [200, 300], [0, 1])
+    assert torch.equal(whole, products(slice(0, 500), [200, 300], [0, 1]))
+    alone = [
+        products(slice(row, row + 1), [1], [int(row >= 200)]) for row in (0, 63, 199, 200, 499)
+    ]
+    assert torch.equal(whole[[0, 63, 199, 200, 499]], torch.cat(alone))
+    assert torch.equal(whole[190:230], products(slice(190, 230), [10, 30], [0, 1]))
+
+
+def adapted_engine(
+    folder: Path, recipe: dict[str, Any], dtype: str, cuda_graphs: bool = False, **space: Any
+) -> tuple[Engine, LoraSpace]:
+    """An engine and a space whose adapter is no longer zero."""
+    values = {
+        **recipe,
+        "model": {"path": str(folder), "dtype": dtype},
+        "space": {"kind": "lora", "targets": "all-linear", **space},
+    }
+    plan = SpacePlan(Config.model_validate(values), Checkpoint(folder))
+    engine = Engine(
+        str(folder),
+        dtype=dtype,
+        device="cuda",
+        kv_tokens=4096,
+        cuda_graphs=cuda_graphs,
+        adapters=plan.adapters,
+    )
+    made = plan.build(engine)
+    assert isinstance(made, LoraSpace)
+    made.apply(StepUpdate(0, seeds=(5,), coefficients=(0.1,), decay=1.0))
+    return engine, made
+
+
+def backend(engine: Engine) -> Any:
+    return engine._runner.model_runner.lora_manager.lora_backend
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_layers_equal_peft(
+    family: str, fused: bool, recipe: dict[str, Any], model_folders: dict[str, Path]
+) -> None:
+    """Six adapters and none in one batch, in float32."""
+    folder = model_folders[family]
+    engine, space = adapted_engine(folder, recipe, "float32", rank=4, alpha=8, slots=6)
+    assert backend(engine).name == adapter_kernels.BACKEND
+    if fused:
+        assert backend(engine).fuse_activations(engine.model) == (2 if family == "llama" else 0)
+    with closing(space.placed(probes(3))) as groups:
+        (group,) = groups
+        *found, plain = sums(engine, [*(placed.adapter for placed in group), None])
+        for placed, adapted in zip(group, found, strict=True):
+            probe = placed.probe
+            model = peft_model(folder, space, probe.seed, probe.sign * probe.eps)
+            assert adapted == pytest.approx(reference_sums(model), abs=1e-4)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert plain == pytest.approx(reference_sums(base), abs=1e-4)
+    engine.close()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_layers_in_bfloat16_are_as_near_as_sglangs(
+    targets: Any,
+    recipe: dict[str, Any],
+    model_folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Errors against PEFT in float32, of SGLang's kernels, of ours, and of ours fused."""
+    folder = model_folders["llama"]
+    errors = []
+    for name, fused in (("triton", False), (adapter_kernels.BACKEND, False), ("segments", True)):
+        monkeypatch.setattr(adapter_kernels, "BACKEND", name)
+        engine, space = adapted_engine(folder, recipe, "bfloat16", rank=8, slots=4, targets=targets)
+        assert backend(engine).name == name
+        if fused:
+            backend(engine).fuse_activations(engine.model)
+        with closing(space.placed(probes(2))) as groups:
+            (group,) = groups
+            found = sums(engine, [placed.adapter for placed in group])
+            wanted = [
+                reference_sums(
+                    peft_model(folder, space, placed.probe.seed, placed.probe.sign * 0.05)
+                )
+                for placed in group
+            ]
+        difference = torch.tensor(found) - torch.tensor(wanted)
+        errors.append(float(difference.square().mean().sqrt()))
+        engine.close()
+    assert max(errors[1:]) < 2 * errors[0] + 0.02, errors
+
+
+def test_graphs_do_not_change_continuations(
+    recipe: dict[str, Any], model_folders: dict[str, Path]
+) -> None:
+    folder = model_folders["llama"]
+    engines = [
+        adapted_engine(folder, recipe, "float32", cuda_graphs, rank=4, slots=2)[0]
+        for cuda_graphs in (False, True)
+    ]
+    eager, captured = (engine.generate(SEQUENCES, 16) for engine in engines)
+    assert captured == eager
+    scores = [engine.score(SEQUENCES, SPANS).spans for engine in engines]
+    assert [span.sum for span in scores[1]] == pytest.approx(
+        [span.sum for span in scores[0]], abs=1e-4
+    )
+    for engine in engines:
+        engine.close()
