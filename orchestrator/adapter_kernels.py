@@ -42,6 +42,14 @@ class Batch:
     """SGLang's manager notes here whether any row has an adapter."""
 
 
+def padded_tiles(tiles: RowTiles, count: int) -> torch.Tensor:
+    """A table of `count` tiles, on the CPU: the same ones, followed by empty ones."""
+    table = torch.zeros(count, tiles.table.shape[1], dtype=torch.int32)
+    table[:, 2] = NO_SLOT
+    table[: tiles.num_tiles] = tiles.table
+    return table
+
+
 class SegmentBackend(BaseLoRABackend):  # type: ignore[misc]  # SGLang has no types
     """Shrink and expand of SGLang's LoRA layers; parameters are named as the layers pass them.
 
@@ -103,9 +111,7 @@ class SegmentBackend(BaseLoRABackend):  # type: ignore[misc]  # SGLang has no ty
     def _in_graph(self, tiles: RowTiles, num_requests: int) -> RowTiles:
         """The same tiles where graphs look for them, followed by empty ones."""
         assert self._graph_table is not None
-        table = torch.zeros_like(self._graph_table, device="cpu")
-        table[:, 2] = NO_SLOT
-        table[: tiles.num_tiles] = tiles.table
+        table = padded_tiles(tiles, len(self._graph_table))
         self._graph_table.copy_(table.pin_memory(), non_blocking=True)
         return RowTiles(self._graph_table, num_requests, num_requests)
 

@@ -69,6 +69,12 @@ class AdapterSlots:
             if not result.success:
                 raise RuntimeError(f"SGLang refuses an adapter slot: {result.error_message}")
         manager.fetch_new_loras({None, *self.names})
+        self.backend = manager.lora_backend
+        """What SGLang's layers call for the slots."""
+        self.buffers = {name: manager.memory_pool.get_buffer_id(name) for name in self.names}
+        """Where in SGLang's pool each slot is."""
+        self.scalings = [plan.scaling] * (plan.num_slots + 1)
+        """By the number of a buffer."""
         self.factors = self._factors(manager, rank)
 
     def _factors(self, manager: Any, rank: int) -> list[Factor]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -31,7 +32,8 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.prefix_slots import PrefixPlan, PrefixSlots
 from orchestrator.runner import ALONE, Runner, World
-from orchestrator.score_plan import Row, ScorePlan, Scores
+from orchestrator.score_graphs import MAX_TOKENS, ScoreGraphs, Shape
+from orchestrator.score_plan import PlanBatch, Row, ScorePlan, Scores
 
 MAX_BATCH_SEQUENCES = 256
 MAX_ROWS_PER_SOFTMAX = 1024  # bounds the float32 logits that exist at one time
@@ -110,6 +112,7 @@ class Engine:
         trust_remote_code: bool = False,
         allow_fallback: bool = False,
         cuda_graphs: bool = False,
+        score_graphs: bool = True,
         load_format: str = "auto",
         quantization: str | None = None,
         adapters: AdapterPlan | None = None,
@@ -119,10 +122,12 @@ class Engine:
         """Load the model.
 
         `model_path` is a folder in Hugging Face's layout; `device` "cpu" or "cuda"; `kv_tokens`
-        the size of the KV pool; `load_format` "auto", or "dummy" for random weights;
-        `quantization` as SGLang names it; `adapters` and `prefixes` the slots to make room for.
+        the size of the KV pool; `load_format` "auto", or "dummy" for random weights. On a GPU
+        `cuda_graphs` captures SGLang's graphs at once, for decoding, and `score_graphs` ours, each
+        when its shape is first scored. `quantization` is as SGLang names it; `adapters` and
+        `prefixes` are the slots to make room for.
         Raises ConfigError for a checkpoint that does not fit the model, and, unless
-        `allow_fallback`, where SGLang has no implementation of its own for the architecture.
+        `allow_fallback`, where SGLang has no implementation of the architecture.
         """
         on_cpu = device == "cpu"
         self.device = device
@@ -173,9 +178,20 @@ class Engine:
                 page_size=1,
             )
         )
+        self._graphs = self._make_graphs() if score_graphs and not on_cpu else None
         self._kv_tokens = self._allocator.available_size()
         self._max_sequences = len(self._requests.free_slots)  # SGLang lowers it to suit the pool
         self._request_ids = itertools.count()
+
+    def _make_graphs(self) -> ScoreGraphs | None:
+        """Graphs for scoring, where the model's forward is one that they can hold."""
+        runner = self._runner.model_runner
+        is_plain = type(runner.attn_backend) is TritonAttnBackend
+        if self.world.size > 1 or not is_plain or runner.sliding_window_size:
+            return None
+        num_entries = min(MAX_TOKENS, self._allocator.available_size() // 4)
+        entries = self._allocator.alloc(num_entries)
+        return ScoreGraphs(runner, self._head, entries, self._dummy_batch, self.slots)
 
     @property
     def model(self) -> nn.Module:
@@ -241,10 +257,12 @@ class Engine:
         """Start a plan's forwards under the weights of now, without waiting for the device."""
         self._runner.activate()
         logprobs, num_reused = [], 0
-        for rows in plan.batches:
-            values, reused = self._forward(rows, namespace)
+        for batch in plan.batches:
+            values = self._replayed(batch) if namespace is None else None
+            if values is None:
+                values, reused = self._forward(batch.rows, namespace)
+                num_reused += reused
             logprobs.append(values)
-            num_reused += reused
         return Launched(logprobs, num_reused)
 
     def read(self, plan: ScorePlan, launches: Sequence[Launched]) -> list[Scores]:
@@ -354,6 +372,25 @@ class Engine:
                 self._release(request, keep and self._prefix(row.adapter) is None)
         return output.input_token_logprobs, sum(reused)
 
+    def _replayed(self, batch: PlanBatch) -> torch.Tensor | None:
+        """The batch's log-probabilities, by a graph; None where there is none for it."""
+        if self._graphs is None or any(self._prefix(row.adapter) is not None for row in batch.rows):
+            return None
+        return self._graphs.run(batch)
+
+    @contextmanager
+    def _dummy_batch(self, shape: Shape) -> Iterator[ForwardBatch]:
+        """A batch of sequences of these lengths, whose KV slots are its own while it is lent."""
+        adapter = self.slots.names[0] if self.slots else None
+        requests: list[Req] = []
+        try:
+            for length in shape.lengths:
+                requests.append(self._request([0] * length, None, length - 1, adapter))
+            yield self._forward_batch(self._schedule(requests))
+        finally:
+            for request in requests:
+                self._release(request, keep=False)
+
     def _schedule(self, requests: list[Req]) -> ScheduleBatch:
         """Allocate slots for the requests, and lay them out as one prefill batch."""
         schedule = ScheduleBatch.init_new(
@@ -446,6 +483,7 @@ class Engine:
             return
         self._is_closed = True
         self.slots = self.prefixes = None  # they hold views of the runner's pools
+        self._graphs = None  # they hold memory of the model's forward
         del self._head, self._cache, self._allocator, self._requests
         self._runner.close()
 

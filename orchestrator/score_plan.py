@@ -48,6 +48,32 @@ class Row:
     prompt: Prompt
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanBatch:
+    """Rows that go through the model together."""
+
+    rows: list[Row]
+    positions: list[int]
+    """What is scored, as positions of the rows' tokens laid end to end."""
+    tokens: list[int]
+    """The token to score at each."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row.prompt.tokens) for row in self.rows]
+
+
+def laid_out(rows: list[Row]) -> PlanBatch:
+    positions, tokens = [], []
+    start = 0
+    for row in rows:
+        for position, token in row.prompt.targets:
+            positions.append(start + position)
+            tokens.append(token)
+        start += len(row.prompt.tokens)
+    return PlanBatch(rows, positions, tokens)
+
+
 class ScorePlan:
     """Sequences to be scored under adapters, once or again after weights have changed.
 
@@ -74,7 +100,7 @@ class ScorePlan:
             prompt.targets.update(dict.fromkeys(wanted))
             self._wanted.append((prompt, wanted))
         self.prompts = list(prompts.values())
-        self.batches: list[list[Row]] = []
+        self.batches: list[PlanBatch] = []
 
     def split(self, batches: Iterator[range]) -> None:
         """Decide which prompts go through the model together, under all adapters.
@@ -83,7 +109,9 @@ class ScorePlan:
         kernels then work on few, long segments.
         """
         self.batches = [
-            [Row(adapter, self.prompts[index]) for adapter in self.adapters for index in batch]
+            laid_out(
+                [Row(adapter, self.prompts[index]) for adapter in self.adapters for index in batch]
+            )
             for batch in batches
         ]
 
@@ -103,7 +131,7 @@ class ScorePlan:
         found = {
             (row.adapter, row.prompt): {pair: next(values) for pair in row.prompt.targets}
             for batch in self.batches
-            for row in batch
+            for row in batch.rows
         }
         spans = []
         for adapter in self.adapters:

@@ -8,13 +8,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
     {"config", "records", "environment", "output"},
-    {"assets", "noise", "tensor_map"},
+    {"assets", "noise", "tensor_map", "adapter_kernels_triton", "score_plan"},
+    {"noise_triton"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
-    | {"evaluate", "metrics", "dist_patch"},
+    | {"evaluate", "metrics", "dist_patch", "adapter_kernels"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_triton"}
     | {"prefix_slots"},
+    {"score_graphs"},
     {"engine", "sglang_models", "export"},
     {"space"},
+    {"slotted"},
     {"dense", "lora", "low_rank", "prefix"},
     {"spaces"},
     {"replica"},
@@ -25,8 +28,9 @@ LAYERS = [
 # Packages that only some modules may know.
 OWNERS = {
     "ray": {"actors"},
-    "sglang": {"engine", "runner", "adapters", "prefix_slots", "opt_native"},
-    "triton": {"sweeps_triton"},
+    "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
+    | {"score_graphs"},
+    "triton": {"adapter_kernels_triton", "noise_triton", "sweeps_triton"},
     "numba": {"sweeps_numba", "replica"},
     "torch": {
         "engine",
@@ -41,7 +45,8 @@ OWNERS = {
         "sweeps_numba",
     }
     | {"sweeps_triton", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"}
-    | {"prefix", "prefix_slots"},
+    | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
+    | {"score_graphs"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(

@@ -1,0 +1,209 @@
+"""CUDA graphs of scoring forwards: a batch's shape is captured once and replayed ever after.
+
+Small models leave a GPU waiting for launches; a replay is one. Owns the captured graphs and the
+tensors that they read. SGLang's own prefill graphs leave attention outside, a launch gap a layer.
+Rows are padded to few shapes, by a last sequence that nothing reads. Knows nothing of plans, or of
+what the scores are for.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+from orchestrator.adapter_kernels import Batch, padded_tiles
+from orchestrator.adapter_kernels_triton import (
+    NO_SLOT,
+    TABLE_WIDTH,
+    TILE_ROWS,
+    RowTiles,
+    cut_rows,
+)
+from orchestrator.adapters import AdapterSlots
+from orchestrator.score_plan import PlanBatch
+
+MAX_TOKENS = 4096  # larger batches keep a GPU busy without a graph
+MAX_GRAPHS = 64
+TOKEN_STEP, LENGTH_STEP, TARGET_STEP = 32, 64, 32
+WARMUPS = 2  # forwards before a capture, in which kernels are compiled
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a graph is captured for. Batches of another shape need another graph."""
+
+    lengths: tuple[int, ...]
+    """Of as many sequences as there are, and as many tokens; else of no meaning."""
+    longest: int
+    num_targets: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def shape_of(batch: PlanBatch) -> Shape:
+    """The shape that a batch is padded to."""
+    lengths = batch.lengths
+    padding = -sum(lengths) % TOKEN_STEP
+    num_sequences = len(lengths) + (padding > 0)
+    last = sum(lengths) + padding - (num_sequences - 1)
+    return Shape(
+        (*([1] * (num_sequences - 1)), last),
+        longest=_up(max([*lengths, padding]), LENGTH_STEP),
+        num_targets=_up(len(batch.positions), TARGET_STEP),
+    )
+
+
+class ScoreGraphs:
+    """The graphs of one engine."""
+
+    def __init__(
+        self,
+        model_runner: Any,
+        head: Any,
+        entries: torch.Tensor,
+        built: Callable[[Shape], AbstractContextManager[ForwardBatch]],
+        slots: AdapterSlots | None,
+    ) -> None:
+        """`head` is the model's ScoringHead; `entries` are KV slots, int64, that nobody else uses.
+
+        `built` lends a batch of a shape's lengths, as SGLang makes it.
+        """
+        self._model_runner, self._head, self._built = model_runner, head, built
+        self._entries, self._slots = entries, slots
+        self._graphs: OrderedDict[Shape, ScoreGraph] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, batch: PlanBatch) -> torch.Tensor | None:
+        """Log-probabilities, float32 [targets]; None for a batch that is too large for a graph."""
+        shape = shape_of(batch)
+        if shape.num_tokens > len(self._entries):
+            return None
+        if shape not in self._graphs:
+            if len(self._graphs) == MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+            with self._built(shape) as forward_batch:
+                forward_batch.out_cache_loc = self._entries[: shape.num_tokens]
+                self._graphs[shape] = ScoreGraph(
+                    self._model_runner, self._head, forward_batch, shape, self._slots, self._pool
+                )
+        self._graphs.move_to_end(shape)
+        return self._graphs[shape].run(batch)
+
+
+class ScoreGraph:
+    """One captured forward, and the tensors that it reads."""
+
+    def __init__(
+        self,
+        model_runner: Any,
+        head: Any,
+        batch: ForwardBatch,
+        shape: Shape,
+        slots: AdapterSlots | None,
+        pool: Any,
+    ) -> None:
+        device = batch.input_ids.device
+        self._batch, self._shape = batch, shape
+        self._rows = torch.zeros(shape.num_targets, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros_like(self._rows)
+        self._adapters = None if slots is None else _StaticAdapters(slots, shape)
+        self._written: PlanBatch | None = None
+        attention = model_runner.attn_backend
+        attention.init_forward_metadata(batch)
+        # The backend's own buffers are every batch's; a graph's must be its own.
+        planned = attention.forward_metadata
+        self._metadata = replace(
+            planned,
+            max_extend_len=shape.longest,
+            qo_indptr=planned.qo_indptr.clone(),
+            kv_indptr=planned.kv_indptr.clone(),
+        )
+        attention.forward_metadata = self._metadata
+        self._graph = torch.cuda.CUDAGraph()
+        self._capture(model_runner, head, attention, pool)
+
+    def _capture(self, model_runner: Any, head: Any, attention: Any, pool: Any) -> None:
+        batch = self._batch
+
+        def forward() -> torch.Tensor:
+            output = model_runner.model.forward(batch.input_ids, batch.positions, batch)
+            logprobs: torch.Tensor = output.input_token_logprobs
+            return logprobs
+
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with (
+            head.scoring(self._rows, self._tokens),
+            forward_context(ForwardContext(attn_backend=attention)),
+        ):
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUPS):
+                    forward()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self._graph, pool=pool):
+                self._logprobs = forward()
+
+    def run(self, batch: PlanBatch) -> torch.Tensor:
+        """Log-probabilities of a batch of this shape, float32 [targets]."""
+        if self._written is not batch:
+            self._write(batch)
+            self._written = batch
+        self._graph.replay()
+        return self._logprobs[: len(batch.positions)].clone()  # the next replay writes here
+
+    def _write(self, batch: PlanBatch) -> None:
+        """Put a batch where the graph reads."""
+        lengths = batch.lengths
+        padding = self._shape.num_tokens - sum(lengths)
+        if padding:
+            lengths.append(padding)
+        ids = [token for row in batch.rows for token in row.prompt.tokens]
+        _fill(self._batch.input_ids, _padded(ids, self._shape.num_tokens))
+        _fill(self._batch.positions, np.concatenate([np.arange(length) for length in lengths]))
+        _fill(self._metadata.qo_indptr, np.array([0, *accumulate(lengths)]))
+        _fill(self._rows, _padded(batch.positions, self._shape.num_targets))
+        _fill(self._tokens, _padded(batch.tokens, self._shape.num_targets))
+        if self._adapters is not None:
+            adapters = [row.adapter for row in batch.rows]
+            self._adapters.write(lengths, [*adapters, *([None] if padding else [])])
+
+
+class _StaticAdapters:
+    """Which rows are under which adapter, where a graph's kernels look for it."""
+
+    def __init__(self, slots: AdapterSlots, shape: Shape) -> None:
+        self._slots = slots
+        capacity = len(shape.lengths) + -(-shape.num_tokens // TILE_ROWS)
+        self._table = torch.zeros(capacity, TABLE_WIDTH.value, dtype=torch.int32, device="cuda")
+        tiles = RowTiles(self._table, capacity, capacity)
+        slots.backend.batch_info = Batch(tiles, has_active_lora=True)
+
+    def write(self, lengths: Sequence[int], adapters: Sequence[str | None]) -> None:
+        """Describe a batch's rows."""
+        numbers = [NO_SLOT if name is None else self._slots.buffers[name] for name in adapters]
+        tiles = cut_rows(lengths, numbers, self._slots.scalings)
+        _fill(self._table, padded_tiles(tiles, len(self._table)).numpy())
+
+
+def _fill(target: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
+    """Write values into a tensor on the device, without waiting for it."""
+    target.copy_(torch.from_numpy(values).to(target.dtype).pin_memory(), non_blocking=True)
+
+
+def _padded(values: Sequence[int], size: int) -> np.ndarray[Any, Any]:
+    padded = np.zeros(size, np.int64)
+    padded[: len(values)] = values
+    return padded
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step

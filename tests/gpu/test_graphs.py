@@ -1,0 +1,105 @@
+"""Graphs of scoring forwards: the scores of eager ones, whatever ran before."""
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import Config
+from orchestrator.engine import Engine
+from orchestrator.records import Probe, StepUpdate
+from orchestrator.spaces import SpacePlan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def batches() -> list[tuple[list[list[int]], list[tuple[int, int]]]]:
+    """Ragged batches, of which several share a padded shape."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for number in range(12):
+        lengths = torch.randint(2, 20, (4 + number % 2,), generator=generator).tolist()
+        sequences = [torch.randint(3, 13, (n,), generator=generator).tolist() for n in lengths]
+        found.append((sequences, [(1, len(tokens)) for tokens in sequences]))
+    return [*found, found[0]]
+
+
+@pytest.mark.parametrize("family", ["opt", "opt-350m", "llama", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_replayed_scores_equal_eager_ones(
+    family: str, dtype: str, model_folders: dict[str, Path]
+) -> None:
+    eager, replayed = (
+        Engine(
+            str(model_folders[family]),
+            dtype=dtype,
+            device="cuda",
+            kv_tokens=4096,
+            score_graphs=graphs,
+        )
+        for graphs in (False, True)
+    )
+    assert eager._graphs is None and replayed._graphs is not None
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    for sequences, spans in batches():
+        expected = [span.sum for span in eager.score(sequences, spans).spans]
+        scores = [span.sum for span in replayed.score(sequences, spans).spans]
+        assert scores == pytest.approx(expected, abs=tolerance)
+        entries = replayed.score(sequences, spans, namespace="state")  # which no graph serves
+        assert [span.sum for span in entries.spans] == pytest.approx(expected, abs=tolerance)
+    assert 1 < len(replayed._graphs._graphs) < 12
+    plan = replayed.plan(sequences, spans)
+    first, again = replayed.read(plan, [replayed.launch(plan), replayed.launch(plan)])
+    assert first == again
+    with torch.no_grad():
+        for parameter in replayed.model.parameters():
+            parameter.mul_(1.01)
+    launched = replayed.launch(plan)
+    assert replayed.read(plan, [launched])[0] != first
+    eager.close()
+    replayed.close()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_graphs_serve_adapters(
+    family: str,
+    targets: Any,
+    recipe: dict[str, Any],
+    model_folders: dict[str, Path],
+    engines: Callable[[str], Engine],
+) -> None:
+    folder = model_folders[family]
+    space = {"kind": "lora", "rank": 8, "slots": 4, "targets": targets}
+    values = {**recipe, "model": {"path": str(folder), "dtype": "float32"}, "space": space}
+    found = []
+    for graphs in (False, True):
+        plan = SpacePlan(Config.model_validate(values), Checkpoint(folder))
+        engine = Engine(
+            str(folder),
+            dtype="float32",
+            device="cuda",
+            kv_tokens=4096,
+            adapters=plan.adapters,
+            score_graphs=graphs,
+        )
+        space_of_engine = plan.build(engine)
+        space_of_engine.apply(StepUpdate(0, seeds=(1,), coefficients=(0.05,), decay=1.0))
+        probes = [Probe(1, seed, sign, 0.05, (0,)) for seed in (7, 8) for sign in (1, -1)]
+        sums = []
+        for sequences, spans in batches():
+            with closing(space_of_engine.placed(probes)) as groups:
+                names = [placed.adapter for placed in next(groups)]
+                scores = engine.score(sequences, spans, adapters=[*names, None])
+            sums += [span.sum for span in scores.spans]
+        found.append(sums)
+        engine.close()
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+    assert len(set(found[1])) > len(found[1]) // 2
