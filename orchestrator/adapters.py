@@ -71,6 +71,8 @@ class AdapterSlots:
         manager.fetch_new_loras({None, *self.names})
         self.backend = manager.lora_backend
         """What SGLang's layers call for the slots."""
+        if isinstance(self.backend, adapter_kernels.SegmentBackend):
+            self.backend.fuse_activations(model_runner.model)
         self.buffers = {name: manager.memory_pool.get_buffer_id(name) for name in self.names}
         """Where in SGLang's pool each slot is."""
         self.scalings = [plan.scaling] * (plan.num_slots + 1)

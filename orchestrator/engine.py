@@ -27,12 +27,13 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import nn
 
+from orchestrator.adapter_kernels import SegmentBackend
 from orchestrator.adapters import AdapterPlan, AdapterSlots
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.prefix_slots import PrefixPlan, PrefixSlots
 from orchestrator.runner import ALONE, Runner, World
-from orchestrator.score_graphs import MAX_TOKENS, ScoreGraphs, Shape
+from orchestrator.score_graphs import ScoreGraphs, Shape
 from orchestrator.score_plan import PlanBatch, Row, ScorePlan, Scores
 
 MAX_BATCH_SEQUENCES = 256
@@ -186,12 +187,15 @@ class Engine:
     def _make_graphs(self) -> ScoreGraphs | None:
         """Graphs for scoring, where the model's forward is one that they can hold."""
         runner = self._runner.model_runner
-        is_plain = type(runner.attn_backend) is TritonAttnBackend
-        if self.world.size > 1 or not is_plain or runner.sliding_window_size:
+        has_graphs = (
+            self.world.size == 1
+            and type(runner.attn_backend) is TritonAttnBackend
+            and not runner.sliding_window_size
+            and (self.slots is None or isinstance(self.slots.backend, SegmentBackend))
+        )
+        if not has_graphs:
             return None
-        num_entries = min(MAX_TOKENS, self._allocator.available_size() // 4)
-        entries = self._allocator.alloc(num_entries)
-        return ScoreGraphs(runner, self._head, entries, self._dummy_batch, self.slots)
+        return ScoreGraphs(runner, self._head, self._dummy_batch, self.slots)
 
     @property
     def model(self) -> nn.Module:

@@ -8,14 +8,25 @@ multiply-add would round differently from a CPU. It does not know parameters or 
 import triton
 import triton.language as tl
 
-from orchestrator.noise import GAUSSIAN_BLOCK, RADEMACHER_BLOCK, Stream
+from orchestrator.noise import (
+    GAUSSIAN_BLOCK,
+    PHILOX_KEY_STEPS,
+    PHILOX_MULTIPLIERS,
+    PHILOX_ROUNDS,
+    RADEMACHER_BLOCK,
+    Stream,
+)
 
 HALFWORDS_PER_BLOCK = tl.constexpr(GAUSSIAN_BLOCK)
 BITS_PER_BLOCK = tl.constexpr(RADEMACHER_BLOCK)
 PERTURBATION = tl.constexpr(int(Stream.PERTURBATION))
 ROUNDING = tl.constexpr(int(Stream.ROUNDING))
 EXPONENT_BITS = tl.constexpr(0x7F800000)
-BFLOAT16_NAN = tl.constexpr(0x7FC0)
+SIGN_BIT = tl.constexpr(0x80000000)
+FLOAT_ONE_BITS = tl.constexpr(0x3F800000)
+PHILOX_ROUND_COUNT = tl.constexpr(PHILOX_ROUNDS)
+MULTIPLIER_0, MULTIPLIER_1 = (tl.constexpr(word) for word in PHILOX_MULTIPLIERS)
+KEY_STEP_0, KEY_STEP_1 = (tl.constexpr(word) for word in PHILOX_KEY_STEPS)
 
 
 @triton.jit
@@ -27,15 +38,35 @@ def draw(
     GAUSSIAN: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tl.tensor:
-    """Noise z, float32 [TILE], of the elements from a global index on."""
+    """Noise z, float32 [TILE], of the elements from a global index on.
+
+    `magnitudes` are the bits of the 1,024 float32 values. Signs are set in the bits: a selection
+    between two values would take more instructions, of which a sweep has few to spare.
+    """
     if GAUSSIAN:
-        words = halfwords(seed, name_word, PERTURBATION, index, TILE)
-        magnitude = tl.load(magnitudes + (words >> 6).to(tl.int32))
-        z = tl.where((words & 1) != 0, -magnitude, magnitude)
+        block = index // HALFWORDS_PER_BLOCK + tl.arange(0, TILE // HALFWORDS_PER_BLOCK)
+        word_0, word_1, word_2, word_3 = _philox(seed, name_word, PERTURBATION, block)
+        # Looked up before they are joined: Triton would move joined ones between threads, twice.
+        low = _joined(
+            _low_value(word_0, magnitudes),
+            _low_value(word_1, magnitudes),
+            _low_value(word_2, magnitudes),
+            _low_value(word_3, magnitudes),
+        )
+        high = _joined(
+            _high_value(word_0, magnitudes),
+            _high_value(word_1, magnitudes),
+            _high_value(word_2, magnitudes),
+            _high_value(word_3, magnitudes),
+        )
+        bits = tl.reshape(tl.join(low, high), [TILE])
     else:
-        negative = _bits(seed, name_word, PERTURBATION, index, TILE)
-        z = tl.where(negative != 0, -1.0, 1.0)
-    return z
+        block = index // BITS_PER_BLOCK + tl.arange(0, TILE // BITS_PER_BLOCK)
+        words = _words(seed, name_word, PERTURBATION, block, TILE // 32)
+        to_the_top = 31 - tl.arange(0, 32).to(tl.uint32)
+        signs = (words[:, None] << to_the_top[None, :]) & SIGN_BIT
+        bits = tl.reshape(signs | FLOAT_ONE_BITS, [TILE])
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -65,18 +96,15 @@ def block_halfwords(
 
 
 @triton.jit
-def _bits(
-    seed: tl.tensor,
-    name_word: tl.tensor,
-    stream: tl.constexpr,
-    index: tl.tensor,
-    TILE: tl.constexpr,
-) -> tl.tensor:
-    """One bit, as uint32 [TILE], for each element from a global index on."""
-    block = index // BITS_PER_BLOCK + tl.arange(0, TILE // BITS_PER_BLOCK)
-    words = _words(seed, name_word, stream, block, TILE // 32)
-    shift = tl.arange(0, 32).to(tl.uint32)
-    return tl.reshape((words[:, None] >> shift[None, :]) & 1, [TILE])
+def _low_value(word: tl.tensor, magnitudes: tl.tensor) -> tl.tensor:
+    """Bits of the value that a word's low half stands for."""
+    return tl.load(magnitudes + ((word >> 6) & 0x3FF)) ^ (word << 31)
+
+
+@triton.jit
+def _high_value(word: tl.tensor, magnitudes: tl.tensor) -> tl.tensor:
+    """Bits of the value that a word's high half stands for."""
+    return tl.load(magnitudes + (word >> 22)) ^ ((word << 15) & SIGN_BIT)
 
 
 @triton.jit
@@ -88,12 +116,35 @@ def _words(
     COUNT: tl.constexpr,
 ) -> tl.tensor:
     """The words, uint32 [COUNT], of Philox4x32-10 blocks, of any shape, in row-major order."""
-    low = block.to(tl.uint32)
-    high = (block >> 32).to(tl.uint32)
-    name = tl.zeros_like(low) + name_word.to(tl.uint32)
-    word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, name, tl.zeros_like(low) + stream)
-    # join makes a new last dimension: words come out in the order 0, 1, 2, 3 of each block
-    return tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [COUNT])
+    word_0, word_1, word_2, word_3 = _philox(seed, name_word, stream, block)
+    return tl.reshape(_joined(word_0, word_1, word_2, word_3), [COUNT])
+
+
+@triton.jit
+def _joined(first: tl.tensor, second: tl.tensor, third: tl.tensor, fourth: tl.tensor) -> tl.tensor:
+    """[..., 2, 2], in row-major order; join makes a new last dimension."""
+    return tl.join(tl.join(first, third), tl.join(second, fourth))
+
+
+@triton.jit
+def _philox(
+    seed: tl.tensor, name_word: tl.tensor, stream: tl.constexpr, block: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The four words, uint32, of each Philox4x32-10 block."""
+    word_0, word_1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
+    word_2 = tl.zeros_like(word_0) + name_word.to(tl.uint32)
+    word_3 = tl.zeros_like(word_0) + stream
+    key_0, key_1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(PHILOX_ROUND_COUNT):
+        # one wide product gives both halves; tl.philox multiplies twice
+        product_0 = word_0.to(tl.uint64) * MULTIPLIER_0
+        product_1 = word_2.to(tl.uint64) * MULTIPLIER_1
+        word_0 = (product_1 >> 32).to(tl.uint32) ^ word_1 ^ key_0
+        word_2 = (product_0 >> 32).to(tl.uint32) ^ word_3 ^ key_1
+        word_1, word_3 = product_1.to(tl.uint32), product_0.to(tl.uint32)
+        key_0 += KEY_STEP_0
+        key_1 += KEY_STEP_1
+    return word_0, word_1, word_2, word_3
 
 
 @triton.jit
@@ -111,10 +162,8 @@ def store_nearest(
 ) -> None:
     """Store float32 as float32, float16 or bfloat16 patterns, rounded to nearest even."""
     if stored.dtype.element_ty == tl.uint16:
-        bits = values.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(values != values, BFLOAT16_NAN, rounded)
-        tl.store(stored + offsets, rounded.to(tl.uint16), mask=inside)
+        patterns = values.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+        tl.store(stored + offsets, patterns, mask=inside)
     else:
         tl.store(stored + offsets, values.to(stored.dtype.element_ty), mask=inside)
 

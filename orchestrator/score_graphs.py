@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -31,6 +32,7 @@ from orchestrator.score_plan import PlanBatch
 
 MAX_TOKENS = 4096  # larger batches keep a GPU busy without a graph
 MAX_GRAPHS = 64
+PADDING_ENTRY = 0
 TOKEN_STEP, LENGTH_STEP, TARGET_STEP = 32, 64, 32
 WARMUPS = 2  # forwards before a capture, in which kernels are compiled
 
@@ -39,24 +41,25 @@ WARMUPS = 2  # forwards before a capture, in which kernels are compiled
 class Shape:
     """What a graph is captured for. Batches of another shape need another graph."""
 
-    lengths: tuple[int, ...]
-    """Of as many sequences as there are, and as many tokens; else of no meaning."""
+    num_sequences: int
+    num_tokens: int
     longest: int
     num_targets: int
 
     @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
+    def lengths(self) -> list[int]:
+        """As many sequences of as many tokens, all of about a length."""
+        length, rest = divmod(self.num_tokens, self.num_sequences)
+        return [length + (number < rest) for number in range(self.num_sequences)]
 
 
 def shape_of(batch: PlanBatch) -> Shape:
     """The shape that a batch is padded to."""
     lengths = batch.lengths
     padding = -sum(lengths) % TOKEN_STEP
-    num_sequences = len(lengths) + (padding > 0)
-    last = sum(lengths) + padding - (num_sequences - 1)
     return Shape(
-        (*([1] * (num_sequences - 1)), last),
+        num_sequences=len(lengths) + (padding > 0),
+        num_tokens=sum(lengths) + padding,
         longest=_up(max([*lengths, padding]), LENGTH_STEP),
         num_targets=_up(len(batch.positions), TARGET_STEP),
     )
@@ -69,29 +72,28 @@ class ScoreGraphs:
         self,
         model_runner: Any,
         head: Any,
-        entries: torch.Tensor,
         built: Callable[[Shape], AbstractContextManager[ForwardBatch]],
         slots: AdapterSlots | None,
     ) -> None:
-        """`head` is the model's ScoringHead; `entries` are KV slots, int64, that nobody else uses.
-
-        `built` lends a batch of a shape's lengths, as SGLang makes it.
-        """
+        """`head` is the model's ScoringHead; `built` lends a batch of a shape's lengths."""
         self._model_runner, self._head, self._built = model_runner, head, built
-        self._entries, self._slots = entries, slots
+        self._slots = slots
         self._graphs: OrderedDict[Shape, ScoreGraph] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, batch: PlanBatch) -> torch.Tensor | None:
         """Log-probabilities, float32 [targets]; None for a batch that is too large for a graph."""
         shape = shape_of(batch)
-        if shape.num_tokens > len(self._entries):
+        if shape.num_tokens > MAX_TOKENS:
             return None
         if shape not in self._graphs:
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.popitem(last=False)
             with self._built(shape) as forward_batch:
-                forward_batch.out_cache_loc = self._entries[: shape.num_tokens]
+                # Nobody reads these keys and values: all go to SGLang's slot for padding.
+                forward_batch.out_cache_loc = torch.full_like(
+                    forward_batch.out_cache_loc, PADDING_ENTRY
+                )
                 self._graphs[shape] = ScoreGraph(
                     self._model_runner, self._head, forward_batch, shape, self._slots, self._pool
                 )
@@ -139,7 +141,7 @@ class ScoreGraph:
             logprobs: torch.Tensor = output.input_token_logprobs
             return logprobs
 
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with (
             head.scoring(self._rows, self._tokens),
@@ -149,7 +151,7 @@ class ScoreGraph:
                 for _ in range(WARMUPS):
                     forward()
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self._graph, pool=pool):
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
                 self._logprobs = forward()
 
     def run(self, batch: PlanBatch) -> torch.Tensor:
@@ -182,7 +184,7 @@ class _StaticAdapters:
 
     def __init__(self, slots: AdapterSlots, shape: Shape) -> None:
         self._slots = slots
-        capacity = len(shape.lengths) + -(-shape.num_tokens // TILE_ROWS)
+        capacity = shape.num_sequences + -(-shape.num_tokens // TILE_ROWS)
         self._table = torch.zeros(capacity, TABLE_WIDTH.value, dtype=torch.int32, device="cuda")
         tiles = RowTiles(self._table, capacity, capacity)
         slots.backend.batch_info = Batch(tiles, has_active_lora=True)
@@ -192,6 +194,12 @@ class _StaticAdapters:
         numbers = [NO_SLOT if name is None else self._slots.buffers[name] for name in adapters]
         tiles = cut_rows(lengths, numbers, self._slots.scalings)
         _fill(self._table, padded_tiles(tiles, len(self._table)).numpy())
+
+
+@cache
+def _capture_stream() -> Any:
+    """One for all captures: cuBLAS keeps a workspace for every stream it was ever used on."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def _fill(target: torch.Tensor, values: np.ndarray[Any, Any]) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -172,23 +171,21 @@ class Table:
     ) -> None:
         masters(self._slices)
         check_counts(updates)
+        draws = [draw for update in updates for draw in _draws(update)]
         last = [] if then is None else [then]
-        seeds = [seed for update in updates for seed in update.seeds]
-        coefficients = [value for update in updates for value in update.coefficients]
         numbers = (
-            self._unsigned(seeds + [draw.seed for draw in last]),
-            self._floats(coefficients + [draw.coefficient for draw in last]),
+            self._unsigned([draw.seed for draw in draws + last]),
+            self._floats([draw.coefficient for draw in draws + last]),
+            self._counts(_closings(updates)),
             self._unsigned([update.step for update in updates]),
             self._floats([update.decay for update in updates]),
-            self._counts(list(accumulate(len(update.seeds) for update in updates))),
         )
         for launch in self._cut(_tiling(kind)):
             _update[launch.grid](
                 launch.fields,
                 launch.owners,
                 *numbers,
-                len(updates),
-                len(seeds),
+                len(draws),
                 _magnitudes(self._device),
                 GAUSSIAN=kind == "gaussian",
                 THEN=then is not None,
@@ -282,6 +279,21 @@ class Table:
         return torch.tensor(values, dtype=torch.int32).to(self._device, non_blocking=True)
 
 
+def _draws(update: StepUpdate) -> list[Draw]:
+    """A step's draws; for a step without any, one that adds nothing."""
+    draws = [Draw(*pair) for pair in zip(update.seeds, update.coefficients, strict=True)]
+    return draws or [Draw(0, 0.0)]
+
+
+def _closings(updates: Sequence[StepUpdate]) -> list[int]:
+    """Per draw, the number of the step that it is the last of, or -1."""
+    return [
+        number if draw == len(_draws(update)) - 1 else -1
+        for number, update in enumerate(updates)
+        for draw in range(len(_draws(update)))
+    ]
+
+
 def _bits(dtype: torch.dtype) -> tl.dtype:
     return tl.uint32 if dtype is torch.float32 else tl.uint16
 
@@ -346,7 +358,8 @@ def _described(part: Slice, tiling: Tiling, aligned: bool) -> tuple[list[int], i
 
 @cache
 def _magnitudes(device: torch.device) -> torch.Tensor:
-    return torch.tensor(gaussian_magnitudes(), device=device)
+    """The bits of the magnitudes, uint32 [1024]."""
+    return torch.tensor(gaussian_magnitudes()).view(torch.uint32).to(device)
 
 
 @triton.jit
@@ -376,17 +389,16 @@ def _perturb(
     store_nearest(live, column, value + tl.load(coefficients + which) * z, inside)
 
 
-@triton.jit(do_not_specialize=["num_updates", "num_seeds"])
+@triton.jit(do_not_specialize=["num_draws"])
 def _update(
     fields: tl.tensor,
     owners: tl.tensor,
     seeds: tl.tensor,
     coefficients: tl.tensor,
+    closings: tl.tensor,
     steps: tl.tensor,
     decays: tl.tensor,
-    ends: tl.tensor,
-    num_updates: tl.int32,
-    num_seeds: tl.int32,
+    num_draws: tl.int32,
     magnitudes: tl.tensor,
     GAUSSIAN: tl.constexpr,
     THEN: tl.constexpr,
@@ -400,22 +412,22 @@ def _update(
     master = _row(entry, MASTER, row, tl.load(entry + COLUMNS), STORED, ALIGNED)
     value = load(master, column, inside)
     name_word = tl.load(entry + NAME_WORD).to(tl.uint32)
-    begin = 0
-    for number in range(num_updates):
-        end = tl.load(ends + number)
-        total = tl.zeros([TILE], tl.float32)
-        for i in range(begin, end):
-            z = draw(tl.load(seeds + i), name_word, index, magnitudes, GAUSSIAN, TILE)
-            total = total + tl.load(coefficients + i) * z
-        value = value * tl.load(decays + number) + total
-        if STORED is tl.uint16:
-            rounding = rounding_bits(tl.load(steps + number), name_word, index, TILE)
-            value = round_stochastic(value, rounding)
-        begin = end
+    total = tl.zeros([TILE], tl.float32)
+    # One loop over the draws of all steps: of two nested ones, Triton 3.6 keeps the inner sum.
+    for i in range(num_draws):
+        z = draw(tl.load(seeds + i), name_word, index, magnitudes, GAUSSIAN, TILE)
+        total = total + tl.load(coefficients + i) * z
+        number = tl.load(closings + i)
+        if number >= 0:
+            value = value * tl.load(decays + number) + total
+            if STORED is tl.uint16:
+                rounding = rounding_bits(tl.load(steps + number), name_word, index, TILE)
+                value = round_stochastic(value, rounding)
+            total = tl.zeros([TILE], tl.float32)
     store_exact(master, column, value, inside)
     if THEN:
-        z = draw(tl.load(seeds + num_seeds), name_word, index, magnitudes, GAUSSIAN, TILE)
-        value = value + tl.load(coefficients + num_seeds) * z
+        z = draw(tl.load(seeds + num_draws), name_word, index, magnitudes, GAUSSIAN, TILE)
+        value = value + tl.load(coefficients + num_draws) * z
     if SERVED is not None:
         live = _row(entry, LIVE, row, tl.load(entry + LIVE_STRIDE), SERVED, ALIGNED)
         store_nearest(live, column, value, inside)

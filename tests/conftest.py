@@ -168,11 +168,13 @@ class Recorder(torch.nn.Module):
 def recorded(engine: Engine) -> Iterator[list[torch.Tensor]]:
     """Within, each forward appends the logits of its computed positions, [tokens, vocabulary]."""
     recorder = Recorder(engine._head)
+    graphs, engine._graphs = engine._graphs, None  # a replay would record nothing
     engine.model.logits_processor = recorder
     try:
         yield recorder.logits
     finally:
         engine.model.logits_processor = engine._head
+        engine._graphs = graphs
 
 
 def write_rows(path: Path, num_rows: int, seed: int = 0) -> Path:

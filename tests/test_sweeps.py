@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numba
 import numpy as np
@@ -496,6 +497,7 @@ def test_factors_that_do_not_fit_are_refused(
 
 def check_triton_interpreted() -> None:
     """Every check, in Triton's interpreter: to be called in a process that interprets."""
+    _mend_interpreted_rounding()
     from orchestrator import sweeps_triton  # noqa: PLC0415  only this process may import it
 
     ragged = SLICES[2]
@@ -525,6 +527,23 @@ def check_triton_interpreted() -> None:
     check_infinities_and_nan_survive(sweeps_triton)
 
 
+def _mend_interpreted_rounding() -> None:
+    """The interpreter cuts float32 off where it makes bfloat16 of it; devices round."""
+    from triton.runtime import interpreter  # noqa: PLC0415  only this process may import it
+
+    original, bfloat16 = interpreter._convert_float, interpreter.tl.bfloat16
+
+    def convert(values: NDArray[Any], source: object, target: object, mode: object) -> NDArray[Any]:
+        if target != bfloat16:
+            unchanged: NDArray[Any] = original(values, source, target, mode)
+            return unchanged
+        rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+        patterns: NDArray[np.uint16] = rounded.view(torch.uint16).numpy()
+        return patterns.reshape(values.shape)
+
+    interpreter._convert_float = convert
+
+
 def check_triton_compiles() -> None:
     """Compile each kernel for sm_90, without a device, and look for fused multiply-adds."""
     import triton  # noqa: PLC0415  only this process may import it
@@ -549,8 +568,8 @@ def check_triton_compiles() -> None:
     import triton.language as tl  # noqa: PLC0415
 
     table = {"fields": "*i64", "owners": "*i32", "coefficients": "*fp32"}
-    numbers = {"magnitudes": "*fp32", "seeds": "*u64", "steps": "*u64", "decays": "*fp32"}
-    pointers = table | numbers | {"ends": "*i32"}
+    numbers = {"magnitudes": "*u32", "seeds": "*u64", "steps": "*u64", "decays": "*fp32"}
+    pointers = table | numbers | {"closings": "*i32"}
     for (gaussian, tile), (aligned, stored) in product(
         ((True, sweeps_triton.GAUSSIAN_TILE), (False, sweeps_triton.RADEMACHER_TILE)),
         ((False, tl.float32), (True, tl.uint16)),
