@@ -3,8 +3,8 @@
 What our steps are measured against. As there: the model's own precision is the only one, noise
 is drawn tensor by tensor from torch's generator and drawn again for each of a step's four passes
 over the parameters, a perturbation is undone by arithmetic, and a batch of options is padded on
-the left to its longest. Two things are faster here than there: the passes are in place, where the
-authors' expressions make copies, and batches lie on the device before a step begins.
+the left to its longest. Passes make the copies that the authors' expressions make. One thing is
+faster here than there: batches lie on the device before a step begins.
 
 Knows nothing of our engine.
 """
@@ -134,18 +134,18 @@ class Mezo:
 
     @torch.no_grad()
     def perturb(self, seed: int, scale: float) -> None:
-        """parameters += scale * z(seed)"""
+        """parameters = parameters + scale * eps * z(seed)"""
         torch.manual_seed(seed)
         for parameter in self.parameters:
-            parameter.add_(_noise(parameter), alpha=scale)
+            parameter.data = parameter.data + scale * _noise(parameter) * self._eps
 
     def _gradient(self, seed: int, batch: Batch) -> float:
-        self.perturb(seed, self._eps)
+        self.perturb(seed, 1)
         plus = self._loss(batch)
-        self.perturb(seed, -2 * self._eps)
+        self.perturb(seed, -2)
         minus = self._loss(batch)
         gradient = ((plus - minus) / (2 * self._eps)).item()
-        self.perturb(seed, self._eps)
+        self.perturb(seed, 1)
         return gradient
 
     @torch.inference_mode()
@@ -154,13 +154,17 @@ class Mezo:
             return batch.loss(self.model)
 
     def _update(self, seed: int, gradient: float) -> None:
-        """parameters -= lr / probes * (gradient * z(seed) + weight_decay * parameters)"""
+        """parameters = parameters - lr / probes * (gradient * z(seed) + weight_decay * parameters)
+
+        Norms and biases do not decay.
+        """
         torch.manual_seed(seed)
+        lr = self._lr / self._num_probes
         for parameter in self.parameters:
-            direction = _noise(parameter).mul_(gradient)
-            if self._weight_decay:
-                direction.add_(parameter, alpha=self._weight_decay)
-            parameter.sub_(direction, alpha=self._lr / self._num_probes)
+            direction = gradient * _noise(parameter)
+            if parameter.ndim > 1:
+                direction = direction + self._weight_decay * parameter.data
+            parameter.data = parameter.data - lr * direction
 
 
 def _noise(parameter: torch.Tensor) -> torch.Tensor:

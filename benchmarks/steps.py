@@ -41,13 +41,14 @@ from orchestrator import estimator  # noqa: E402
 from orchestrator.adapters import AdapterPlan  # noqa: E402
 from orchestrator.config import Estimator  # noqa: E402
 from orchestrator.dense import DenseSpace  # noqa: E402
-from orchestrator.engine import Engine  # noqa: E402
+from orchestrator.engine import Engine, Launched  # noqa: E402
 from orchestrator.export import AdapterSettings  # noqa: E402
 from orchestrator.lora import LoraSpace  # noqa: E402
 from orchestrator.low_rank import LowRankSpace  # noqa: E402
 from orchestrator.objectives import option_cross_entropy  # noqa: E402
 from orchestrator.parameters import CanonicalTensor, region  # noqa: E402
 from orchestrator.records import ProbeLoss, StepUpdate  # noqa: E402
+from orchestrator.score_plan import ScorePlan  # noqa: E402
 from orchestrator.space import Space  # noqa: E402
 from orchestrator.tensor_map import shards  # noqa: E402
 
@@ -174,23 +175,30 @@ class OurSteps:
         batch = self._batches[step % len(self._batches)]
         seeds = estimator.seeds(0, step, settings.num_seeds)
         probes = estimator.probes(settings, step, seeds, ())
+        plans: dict[tuple[str | None, ...], ScorePlan] = {}
+        launches = []
         with closing(self._space.placed(probes)) as groups:
-            losses = [
-                loss
-                for group in groups
-                for loss in self._losses(batch, [placed.adapter for placed in group])
-            ]
+            for group in groups:
+                adapters = tuple(placed.adapter for placed in group)
+                if adapters not in plans:
+                    plans[adapters] = self._engine.plan(batch.sequences, batch.spans, adapters)
+                with self.forwards.running():
+                    launches.append((adapters, self._engine.launch(plans[adapters])))
+        losses = [
+            loss
+            for adapters, launched in launches
+            for loss in self._losses(batch, plans[adapters], launched)
+        ]
         estimate = estimator.estimate(settings, settings.lr, losses)
         coefficients = [value for value in estimate.coefficients if value is not None]
         assert len(coefficients) == len(seeds), f"a loss is not finite: {losses}"
         self._space.apply(StepUpdate(step, seeds, tuple(coefficients), estimate.decay))
         self._num_steps += 1
 
-    def _losses(self, batch: Batch, adapters: Sequence[str | None]) -> list[ProbeLoss]:
-        with self.forwards.running():
-            scores = self._engine.score(batch.sequences, batch.spans, adapters=adapters)
+    def _losses(self, batch: Batch, plan: ScorePlan, launched: Launched) -> list[ProbeLoss]:
+        (scores,) = self._engine.read(plan, [launched])
         means = [span.mean for span in scores.spans]
-        size, num_tokens = len(batch.sequences), scores.num_tokens // len(adapters)
+        size, num_tokens = len(batch.sequences), scores.num_tokens // len(plan.adapters)
         return [
             ProbeLoss(loss(batch, means[first : first + size]), num_tokens)
             for first in range(0, len(means), size)

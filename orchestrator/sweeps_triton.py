@@ -51,14 +51,14 @@ from orchestrator.sweeps import (
     masters,
 )
 
-# Elements of one program, a multiple of the noise's blocks.
-GAUSSIAN_TILE = 1024
-RADEMACHER_TILE = 4096
-DIGEST_TILE = 1024
+# Elements and warps of one program, the fastest of some that were tried on an H200. Tiles are
+# multiples of the noise's blocks; of few warps, programs wait less for each other.
+GAUSSIAN_TILE, GAUSSIAN_WARPS = 512, 1
+RADEMACHER_TILE, RADEMACHER_WARPS = 2048, 2
+DIGEST_TILE, DIGEST_WARPS = 1024, 4
 # Tiles of low-rank noise span rows too: a right factor is read once for all of them. More rows
 # would take registers from the programs that hide the memory's latency.
-LOW_RANK_ROWS = 4
-LOW_RANK_COLUMNS = 512
+LOW_RANK_ROWS, LOW_RANK_COLUMNS, LOW_RANK_WARPS = 4, 512, 4
 VECTOR_BYTES = 16
 VECTOR_ELEMENTS = 8  # whose 16-bit values fill a vector
 
@@ -121,6 +121,7 @@ class Tiling:
 
     block: int
     columns: int
+    warps: int
     rows: int = 1
 
 
@@ -201,7 +202,8 @@ class Table:
         if len(ranks) > 1:
             raise ValueError(f"factors of several ranks: {sorted(ranks)}")
         coefficients = self._floats(update.coefficients)
-        for launch in self._cut(Tiling(GAUSSIAN_BLOCK, LOW_RANK_COLUMNS, LOW_RANK_ROWS)):
+        tiling = Tiling(GAUSSIAN_BLOCK, LOW_RANK_COLUMNS, LOW_RANK_WARPS, LOW_RANK_ROWS)
+        for launch in self._cut(tiling):
             chosen = [factors[index] for index in launch.indices]
             launch.fields[:, Field.LEFT : Field.RIGHT + 1] = torch.tensor(
                 [[pair.left.data_ptr(), pair.right.data_ptr()] for pair in chosen]
@@ -224,7 +226,7 @@ class Table:
     def digests(self, *, live: bool = False) -> list[int]:
         values = [part.live for part in self._slices] if live else masters(self._slices)
         sums = [0] * len(self._slices)
-        for launch in self._cut(Tiling(1, DIGEST_TILE)):
+        for launch in self._cut(Tiling(1, DIGEST_TILE, DIGEST_WARPS)):
             partial = torch.empty(launch.grid, dtype=torch.int64, device=self._device)
             _digest[launch.grid](
                 launch.fields,
@@ -233,6 +235,7 @@ class Table:
                 OF_LIVE=live,
                 BITS=_bits(values[launch.indices[0]].dtype),
                 TILE=DIGEST_TILE,
+                num_warps=DIGEST_WARPS,
             )
             own = torch.zeros(len(launch.indices), dtype=torch.int64, device=self._device)
             own.index_add_(0, launch.owners, partial)
@@ -300,8 +303,8 @@ def _bits(dtype: torch.dtype) -> tl.dtype:
 
 def _tiling(kind: NoiseKind) -> Tiling:
     if kind == "gaussian":
-        return Tiling(GAUSSIAN_BLOCK, GAUSSIAN_TILE)
-    return Tiling(RADEMACHER_BLOCK, RADEMACHER_TILE)
+        return Tiling(GAUSSIAN_BLOCK, GAUSSIAN_TILE, GAUSSIAN_WARPS)
+    return Tiling(RADEMACHER_BLOCK, RADEMACHER_TILE, RADEMACHER_WARPS)
 
 
 def _constants(part: Slice, tiling: Tiling) -> tuple[tuple[str, Any], ...]:
@@ -314,6 +317,7 @@ def _constants(part: Slice, tiling: Tiling) -> tuple[tuple[str, Any], ...]:
         ("SERVED", POINTED[served]),
         ("ALIGNED", _is_aligned(part, tiling)),
         ("TILE", tiling.columns),
+        ("num_warps", tiling.warps),
     )
 
 

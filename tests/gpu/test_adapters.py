@@ -159,17 +159,15 @@ def backend(engine: Engine) -> Any:
     return engine._runner.model_runner.lora_manager.lora_backend
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_layers_equal_peft(
-    family: str, fused: bool, recipe: dict[str, Any], model_folders: dict[str, Path]
+    family: str, recipe: dict[str, Any], model_folders: dict[str, Path]
 ) -> None:
     """Six adapters and none in one batch, in float32."""
     folder = model_folders[family]
     engine, space = adapted_engine(folder, recipe, "float32", rank=4, alpha=8, slots=6)
     assert backend(engine).name == adapter_kernels.BACKEND
-    if fused:
-        assert backend(engine).fuse_activations(engine.model) == (2 if family == "llama" else 0)
+    assert len(backend(engine)._activated) == (2 if family == "llama" else 0)
     with closing(space.placed(probes(3))) as groups:
         (group,) = groups
         *found, plain = sums(engine, [*(placed.adapter for placed in group), None])
@@ -189,15 +187,13 @@ def test_layers_in_bfloat16_are_as_near_as_sglangs(
     model_folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Errors against PEFT in float32, of SGLang's kernels, of ours, and of ours fused."""
+    """Errors against PEFT in float32, of SGLang's kernels and of ours."""
     folder = model_folders["llama"]
     errors = []
-    for name, fused in (("triton", False), (adapter_kernels.BACKEND, False), ("segments", True)):
+    for name in ("triton", "segments"):
         monkeypatch.setattr(adapter_kernels, "BACKEND", name)
         engine, space = adapted_engine(folder, recipe, "bfloat16", rank=8, slots=4, targets=targets)
         assert backend(engine).name == name
-        if fused:
-            backend(engine).fuse_activations(engine.model)
         with closing(space.placed(probes(2))) as groups:
             (group,) = groups
             found = sums(engine, [placed.adapter for placed in group])
