@@ -33,7 +33,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.prefix_slots import PrefixPlan, PrefixSlots
 from orchestrator.runner import ALONE, Runner, World
-from orchestrator.score_graphs import ScoreGraphs, Shape
+from orchestrator.score_graphs import TOKEN_STEP, ScoreGraphs, Shape
 from orchestrator.score_plan import PlanBatch, Row, ScorePlan, Scores
 
 MAX_BATCH_SEQUENCES = 256
@@ -131,6 +131,7 @@ class Engine:
         `allow_fallback`, where SGLang has no implementation of the architecture.
         """
         on_cpu = device == "cpu"
+        margin = 0 if on_cpu else TOKEN_STEP  # a graph's batch is padded to a multiple of that
         self.device = device
         self.world = world
         self._is_closed = False
@@ -145,7 +146,7 @@ class Engine:
             sampling_backend="pytorch",
             disable_cuda_graph=on_cpu or not cuda_graphs,
             disable_overlap_schedule=True,
-            max_total_tokens=kv_tokens,
+            max_total_tokens=kv_tokens + margin,
             quantization=quantization,
             max_running_requests=MAX_BATCH_SEQUENCES,
             mem_fraction_static=0.5,
@@ -180,7 +181,7 @@ class Engine:
             )
         )
         self._graphs = self._make_graphs() if score_graphs and not on_cpu else None
-        self._kv_tokens = self._allocator.available_size()
+        self._kv_tokens = self._allocator.available_size() - margin
         self._max_sequences = len(self._requests.free_slots)  # SGLang lowers it to suit the pool
         self._request_ids = itertools.count()
 
