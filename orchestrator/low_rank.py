@@ -19,7 +19,7 @@ from orchestrator import noise, space
 from orchestrator.adapters import AdapterSlots, Factor
 from orchestrator.export import write_model
 from orchestrator.noise import NoiseKind, TensorRegion
-from orchestrator.parameters import CanonicalTensor
+from orchestrator.parameters import CanonicalTensor, check_words
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.space import Groups, Placed, Trained, TrainedTensor, table
 from orchestrator.sweeps import Draw, Factors, Slice, Table
@@ -76,6 +76,8 @@ class LowRankSpace:
                 self._matrices.append(self._matrix(tensor, master_dtype, left, right))
             elif train_others:
                 others.append(_trained(tensor, master_dtype))
+        drawn = [region for each in self._matrices for region in (each.left, each.right)]
+        check_words([*(t.region.name for t in tensors), *(each.name for each in drawn)])
         self._others = Trained(others, noise_kind)
         self._trained = Trained([matrix.tensor for matrix in self._matrices], noise_kind)
         self._draws: dict[int, Table] = {}

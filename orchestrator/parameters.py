@@ -49,7 +49,7 @@ def canonical_tensors(
     for name in places:
         if name not in sources:
             raise ConfigError(f"model.path: the checkpoint lacks {name}")
-    _check_words(places)
+    check_words(places)
     return [
         _view(name, places[name], parameters[places[name].place.parameter], checkpoint, source)
         for name, source in sorted(sources.items())
@@ -92,8 +92,8 @@ def _view(
     return CanonicalTensor(region(name, shard), shard, live, initial)
 
 
-def _check_words(names: Iterable[str]) -> None:
-    """Two names with one CRC-32 would share their noise."""
+def check_words(names: Iterable[str]) -> None:
+    """Refuse two names with one CRC-32: they would share their noise."""
     words: dict[int, str] = {}
     for name in names:
         other = words.setdefault(tensor_word(name), name)

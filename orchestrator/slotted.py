@@ -12,7 +12,7 @@ import torch
 
 from orchestrator import space
 from orchestrator.noise import NoiseKind
-from orchestrator.parameters import region
+from orchestrator.parameters import check_words, region
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.space import Groups, Placed, Trained, TrainedTensor
 from orchestrator.sweeps import Draw, Slice, Table
@@ -37,6 +37,7 @@ class SlottedSpace:
     def __init__(
         self, slot_names: Sequence[str], tensors: Sequence[SlottedTensor], noise_kind: NoiseKind
     ) -> None:
+        check_words(tensor.name for tensor in tensors)
         self.adapter, *self._probe_slots = slot_names
         self._noise = noise_kind
         self._views = [tensor.views[1:] for tensor in tensors]

@@ -14,7 +14,9 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
+from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
+from orchestrator.parameters import check_words
 from orchestrator.tensor_map import Place, Shard, TensorNames, shards
 
 HIDDEN, HEAD, HEADS, INNER, VOCABULARY = 32, 8, 8, 64, 100
@@ -113,3 +115,9 @@ def test_a_shard_knows_the_width_of_its_tensor() -> None:
     shard = Shard(Place("p"), (4, 6), 0, 4, 3, 0, 3)
     assert shard.full_columns == 6
     assert Shard(Place("p"), (4,), 0, 4, 1, 0, 0).full_columns == 1
+
+
+def test_names_that_would_share_noise_are_refused() -> None:
+    check_words(["model.norm.weight", "plumless"])
+    with pytest.raises(ConfigError, match="buckeroo and plumless have the same CRC-32"):
+        check_words(["plumless", "buckeroo"])
