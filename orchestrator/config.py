@@ -43,6 +43,8 @@ class Model(Section):
     """lora, prefix: how SGLang quantises the base weights, such as fp8; None: as they are."""
     kv_tokens: Positive = 16384
     """Size of a replica's KV pool, in tokens; larger batches are split."""
+    score_graphs: bool = True
+    """GPU: capture scoring forwards in CUDA graphs, one a padded batch shape."""
     trust_remote_code: bool = False
     """Whether code that a model's folder brings along may run."""
     allow_fallback: bool = False

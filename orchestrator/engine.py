@@ -38,6 +38,7 @@ from orchestrator.score_plan import PlanBatch, Row, ScorePlan, Scores
 
 MAX_BATCH_SEQUENCES = 256
 MAX_ROWS_PER_SOFTMAX = 1024  # bounds the float32 logits that exist at one time
+FALLBACK_CLASSES = "Transformers"  # how SGLang's names for transformers' own models begin
 VIRTUAL_TOKEN = 0  # holds the place of a prefix slot's; never computed
 
 
@@ -192,6 +193,7 @@ class Engine:
             self.world.size == 1
             and type(runner.attn_backend) is TritonAttnBackend
             and not runner.sliding_window_size
+            and not type(self.model).__name__.startswith(FALLBACK_CLASSES)
             and (self.slots is None or isinstance(self.slots.backend, SegmentBackend))
         )
         if not has_graphs:
