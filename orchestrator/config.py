@@ -115,7 +115,11 @@ SPACE_KEYS = {
 class Estimator(Section):
     """How losses become an update."""
 
-    kind: Literal["two_sided", "one_sided"] = "two_sided"
+    kind: Literal["two_sided", "one_sided", "fzoo", "es"] = "two_sided"
+    """two_sided: both signs of a seed. one_sided: one sign, and the base once. fzoo: the same, its
+    step divided by the losses' deviation. es: one sign, compared with the other seeds'."""
+    shaping: Literal["none", "z_score", "rank"] = "none"
+    """es: losses less the mean of the others, in deviations from the mean, or as ranks."""
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     num_seeds: Annotated[int, Field(ge=1, le=64, strict=True)] = 1
     """Perturbations a step."""
@@ -129,9 +133,25 @@ class Estimator(Section):
     warmup_steps: NonNegative = 0
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled: a step multiplies the weights by 1 - lr * weight_decay."""
+    clip: PositiveFloat | None = None
+    """Bound on a seed's projected gradient |g|; None: as it is."""
+    second_moment: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """two_sided, one_sided, es unshaped: steps are divided by the root of a decaying mean of g^2,
+    which decays by this factor a step (MEAZO); None: as they are."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the last step's move that a step makes again, drawn again from earlier seeds."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.kind in ("fzoo", "es") and self.num_seeds == 1:
+            raise ValueError(f"num_seeds: 1: estimator.kind={self.kind} compares at least 2")
+        if self.shaping != "none" and self.kind != "es":
+            raise ValueError(f"shaping: is of no use to estimator.kind={self.kind}; leave it out")
+        if self.second_moment is not None and (self.kind == "fzoo" or self.shaping != "none"):
+            raise ValueError(
+                f"second_moment: {self.second_moment}: the step of estimator.kind={self.kind} "
+                "with these settings does not depend on the losses' size already; leave it out"
+            )
         if self.lr * self.weight_decay >= 1:
             raise ValueError(
                 f"weight_decay: {self.weight_decay} times lr {self.lr} is not below 1, so a step "
@@ -240,6 +260,11 @@ class Config(Section):
             raise ValueError(
                 f"model.quantization: {self.model.quantization}: space.kind={self.space.kind} "
                 "trains the base weights, which must not be quantised"
+            )
+        if self.estimator.momentum and self.space.refresh > 1:
+            raise ValueError(
+                f"estimator.momentum: {self.estimator.momentum}: space.refresh="
+                f"{self.space.refresh} gives an earlier seed other noise later; use refresh 1"
             )
         return self
 

@@ -37,8 +37,9 @@ class Driver:
         self._observers = observers
         self._num_train = num_train
         self._num_test = num_test
+        self._past = estimator.NO_PAST
         for record in ledger.records:
-            fleet.apply(record.update())
+            self._take(record)
 
     def train(self) -> None:
         """All steps that are missing, with looks at held-out accuracy on the way."""
@@ -62,23 +63,30 @@ class Driver:
         losses = self._fleet.evaluate(probes)
 
         lr = estimator.learning_rate(settings, step, run.steps)
-        estimate = estimator.estimate(settings, lr, losses)
+        estimate = estimator.estimate(settings, lr, losses, self._past)
         record = StepRecord(
             step=step,
-            seeds=seeds,
-            losses=estimate.losses,
-            coefficients=estimate.coefficients,
+            seeds=(*seeds, *(seed for seed, _ in estimate.carried)),
+            losses=(*estimate.losses, *(() for _ in estimate.carried)),
+            coefficients=(*estimate.coefficients, *(value for _, value in estimate.carried)),
             decay=estimate.decay,
             eps=settings.eps,
             lr=lr,
             examples_hash=_hash(examples),
         )
         self._ledger.append(record)
-        self._fleet.apply(record.update())
+        self._take(record)
 
         metrics = _metrics(record, estimate, losses, time.monotonic() - started)
         for observer in self._observers:
             observer.step(metrics)
+
+    def _take(self, record: StepRecord) -> None:
+        """Bring the fleet, and what the next step builds on, past a step that is written down."""
+        self._fleet.apply(record.update())
+        self._past = estimator.follow(
+            self._config.estimator, self._past, record.seeds, record.losses, record.coefficients
+        )
 
     def evaluate(self, done: int, num_examples: int | None = None) -> float:
         """Held-out accuracy after `done` steps, on all held-out examples or the first few."""

@@ -58,9 +58,10 @@ class Header:
 class StepRecord:
     """One step: what was measured, and what was made of it. ValueError for impossible values.
 
-    `seeds` are unsigned 64-bit numbers. `losses` are per seed, in the probes' order (two-sided:
-    plus, minus; one-sided: perturbed, base), None for one that was not finite. `coefficients` are
-    per seed, None for a seed that was dropped.
+    `seeds` are unsigned 64-bit numbers: the step's own, then those that momentum carries on from
+    earlier steps. `losses` are per seed, in the probes' order (two-sided: plus, minus; one-sided
+    and fzoo: perturbed, base; es: perturbed), None for one that was not finite, and none at all for
+    a seed that was carried on. `coefficients` are per seed, None for a seed that was dropped.
     """
 
     step: int

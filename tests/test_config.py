@@ -52,6 +52,14 @@ REFUSALS = {
     "estimatr.lr=1": "estimatr: unknown key; did you mean estimator?",
     "task.train.file=x": "task.train.file: unknown key; did you mean task.train",
     "estimator.num_seeds=0": "estimator.num_seeds: 0 is not accepted: input should be greater",
+    "estimator={kind: fzoo}": "estimator.num_seeds: 1: estimator.kind=fzoo compares at least 2",
+    "estimator={kind: es}": "estimator.num_seeds: 1: estimator.kind=es compares at least 2",
+    "estimator.shaping=rank": "estimator.shaping: is of no use to estimator.kind=one_sided",
+    "estimator={kind: fzoo, num_seeds: 4, second_moment: 0.9}": "estimator.second_moment: 0.9: the",
+    "estimator={kind: es, num_seeds: 4, shaping: rank, second_moment: 0.9}": "second_moment: 0.9:",
+    "estimator.second_moment=1": "estimator.second_moment: 1 is not accepted",
+    "estimator.momentum=1": "estimator.momentum: 1 is not accepted",
+    "estimator.clip=0": "estimator.clip: 0 is not accepted",
     "estimator.eps=.nan": "estimator.eps: nan is not accepted",
     "estimator.lr=.inf": "estimator.lr: inf is not accepted",
     "model.dtype=int8": "model.dtype: 'int8' is not accepted: input should be 'float32'",
@@ -80,6 +88,12 @@ def test_a_mistake_is_told_in_one_line_that_names_it(override: str) -> None:
         load(DEMO, [override])
     assert REFUSALS[override] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_momentum_wants_noise_that_a_seed_alone_decides() -> None:
+    overrides = ["estimator.momentum=0.9", "space={kind: low_rank, refresh: 5}"]
+    with pytest.raises(ConfigError, match=r"estimator\.momentum: 0\.9: space\.refresh=5 gives"):
+        load(DEMO, overrides)
 
 
 def test_missing_sections_and_files_are_named(tmp_path: Path) -> None:

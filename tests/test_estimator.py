@@ -2,9 +2,11 @@
 
 import math
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from orchestrator import estimator
 from orchestrator.config import Estimator
@@ -60,12 +62,150 @@ def test_coefficients_and_decay_are_float32_values() -> None:
     assert struct.unpack("<f", struct.pack("<f", result.decay))[0] == result.decay != 1
 
 
+FIVE = (1.25, 0.5, 2.0, 0.75, 1.5)
+
+
+def test_fzoo_divides_by_the_deviation_of_the_perturbed_losses() -> None:
+    chosen = settings(kind="fzoo", num_seeds=5)
+    result = estimator.estimate(chosen, 0.1, losses(1.0, *FIVE))
+    expected = (np.array(FIVE) - 1.0) / np.std(FIVE)
+    assert result.gradients == pytest.approx(expected)
+    assert result.coefficients == pytest.approx(-0.1 / 5 * expected)
+    assert result.losses == tuple((value, 1.0) for value in FIVE)
+
+
+def test_fzoo_without_its_base_or_without_spread_does_not_move() -> None:
+    chosen = settings(kind="fzoo", num_seeds=3)
+    without_base = estimator.estimate(chosen, 0.1, losses(math.nan, 1.0, 2.0, 3.0))
+    assert without_base.coefficients == (None, None, None)
+    equal = estimator.estimate(chosen, 0.1, losses(1.0, 0.1, 0.1, 0.1))  # whose mean is not 0.1
+    assert equal.coefficients == (0.0, 0.0, 0.0)
+
+
+def shaped(shaping: str, values: tuple[float, ...]) -> NDArray[np.float64]:
+    """The formulas, written out."""
+    array = np.array(values)
+    if shaping == "none":
+        others = [np.delete(array, index).mean() for index in range(len(array))]
+        result = (array - np.array(others)) / 0.01
+    elif shaping == "z_score":
+        result = (array - array.mean()) / array.std()
+    else:
+        ranks = [np.flatnonzero(np.sort(array) == value).mean() for value in array]
+        result = np.array(ranks) / (len(array) - 1) - 0.5
+    return np.asarray(result, np.float64)
+
+
+@pytest.mark.parametrize("values", [FIVE, (1.0, 3.0, 1.0, 0.5, 3.0, 3.0), (2.0, 1.0)])
+@pytest.mark.parametrize("shaping", ["none", "z_score", "rank"])
+def test_es_compares_the_losses_with_each_other(shaping: str, values: tuple[float, ...]) -> None:
+    chosen = settings(kind="es", shaping=shaping, num_seeds=len(values))
+    result = estimator.estimate(chosen, 0.1, losses(*values))
+    expected = shaped(shaping, values)
+    assert result.gradients == pytest.approx(expected)
+    assert result.coefficients == pytest.approx(-0.1 / len(values) * expected)
+    assert result.losses == tuple((value,) for value in values)
+
+
+@pytest.mark.parametrize("shaping", ["none", "z_score", "rank"])
+def test_es_leaves_out_what_cannot_be_compared(shaping: str) -> None:
+    chosen = settings(kind="es", shaping=shaping, num_seeds=4)
+    result = estimator.estimate(chosen, 0.1, losses(1.0, math.nan, 3.0, 1e300))
+    expected = shaped(shaping, (1.0, 3.0))
+    assert result.gradients[1] is result.gradients[3] is None
+    assert result.gradients[::2] == pytest.approx(expected)
+    alone = estimator.estimate(chosen, 0.1, losses(1.0, math.nan, math.inf, 1e300))
+    assert (alone.coefficients, alone.decay) == ((None,) * 4, 1.0)
+    equal = estimator.estimate(chosen, 0.1, losses(0.1, 0.1, 0.1, math.nan))
+    assert equal.coefficients == (0.0, 0.0, 0.0, None)
+
+
+def test_clip_bounds_each_gradient() -> None:
+    result = estimator.estimate(settings(clip=20), 0.1, losses(1.5, 1.0, 2.0, 2.25, 1.0, 2.0))
+    assert result.gradients == pytest.approx((20, -12.5, -20))
+    assert result.coefficients == pytest.approx((-0.1 / 3 * 20, 0.1 / 3 * 12.5, 0.1 / 3 * 20))
+    ranked = settings(kind="es", shaping="rank", clip=0.3, num_seeds=2)
+    assert estimator.estimate(ranked, 0.1, losses(1, 2)).gradients == (-0.3, 0.3)
+    undefined = estimator.estimate(settings(clip=20), 0.1, losses(math.nan, 1.0))
+    assert undefined.gradients == (None,)
+
+
+def steps(
+    chosen: Estimator, taken: Sequence[tuple[float, ...]]
+) -> list[tuple[estimator.Estimate, tuple[int, ...]]]:
+    """Steps in a row at rate 0.1, each with what a ledger would hold of it; and their seeds."""
+    past, done = estimator.NO_PAST, []
+    for step, values in enumerate(taken):
+        result = estimator.estimate(chosen, 0.1, losses(*values), past)
+        drawn = estimator.seeds(0, step, len(result.coefficients))
+        past = estimator.follow(
+            chosen,
+            past,
+            (*drawn, *(seed for seed, _ in result.carried)),
+            (*result.losses, *(() for _ in result.carried)),
+            (*result.coefficients, *(value for _, value in result.carried)),
+        )
+        done.append((result, drawn))
+    return done
+
+
+def test_second_moment_divides_by_the_root_of_the_mean_square() -> None:
+    beta, square = 0.9, 0.0
+    draw = np.random.default_rng(0)
+    taken = [tuple(draw.normal(1, 0.2, size=4)) for _ in range(20)]
+    for step, (result, _) in enumerate(steps(settings(second_moment=beta), taken), start=1):
+        plus, minus = np.array(taken[step - 1]).reshape(2, 2).T
+        g = (plus - minus) / 0.02
+        square = beta * square + (1 - beta) * np.mean(g**2)
+        scale = math.sqrt(square / (1 - beta**step)) + 1e-8
+        assert result.gradients == pytest.approx(g)
+        assert result.coefficients == pytest.approx(-0.1 / 2 * g / scale, rel=1e-6)
+
+
+def test_a_step_without_a_finite_loss_leaves_the_past_as_it_was() -> None:
+    chosen = settings(second_moment=0.9, momentum=0.5, weight_decay=0.1)
+    first, lost, last = steps(chosen, [(1.5, 1.0), (math.nan, 1.0), (1.25, 1.0)])
+    assert lost[0] == estimator.Estimate(((None, 1.0),), (None,), (None,), 1.0, ())
+    assert last[0] == steps(chosen, [(1.5, 1.0), (1.25, 1.0)])[1][0]
+    assert [seed for seed, _ in last[0].carried] == list(first[1])
+
+
+def test_momentum_carries_earlier_pairs_on() -> None:
+    chosen = settings(momentum=0.5)
+    taken = [(1.0 + 0.01 * step, 1.0, 1.0, 1.0 + 0.02 * step) for step in range(1, 11)]
+    done = steps(chosen, taken)
+    own = [dict(zip(drawn, result.coefficients, strict=True)) for result, drawn in done]
+    for step, (result, _) in enumerate(done):
+        ages = range(1, min(step, 6) + 1)  # 0.5**7 is the first power below 1e-2
+        expected = [
+            (seed, float(np.float32(0.5**age * value)))
+            for age in ages
+            for seed, value in own[step - age].items()
+            if value is not None
+        ]
+        assert list(result.carried) == expected
+    assert done[0][0].carried == ()
+
+
+@pytest.mark.parametrize(
+    ("momentum", "num_seeds", "summed"),
+    [(0.0, 1, 1), (0.5, 1, 7), (0.9, 1, 44), (0.9, 8, 32), (0.99, 1, 256), (0.9, 64, 4)],
+)
+def test_an_update_holds_what_still_counts_and_at_most_256_pairs(
+    momentum: float, num_seeds: int, summed: int
+) -> None:
+    chosen = settings(momentum=momentum, num_seeds=num_seeds)
+    assert estimator.num_summed_steps(chosen) == summed
+    assert summed * num_seeds <= 256
+
+
 def test_probes_match_what_estimate_reads() -> None:
     two = estimator.probes(settings(num_seeds=2), 4, [11, 12], (7, 8))
     assert [(probe.seed, probe.sign) for probe in two] == [(11, 1), (11, -1), (12, 1), (12, -1)]
     assert all((probe.step, probe.eps, probe.examples) == (4, 0.01, (7, 8)) for probe in two)
-    one = estimator.probes(settings(kind="one_sided"), 4, [11, 12], (7, 8))
-    assert [probe.sign for probe in one] == [0, 1, 1]
+    for kind, signs in {"one_sided": [0, 1, 1], "fzoo": [0, 1, 1], "es": [1, 1]}.items():
+        chosen = settings(kind=kind, num_seeds=2)
+        assert [probe.sign for probe in estimator.probes(chosen, 4, [11, 12], (7, 8))] == signs
 
 
 def test_seeds_differ_over_runs_steps_and_places() -> None:

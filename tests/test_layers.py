@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
     {"config", "records", "environment", "output"},
-    {"assets", "noise", "tensor_map", "adapter_kernels_triton", "score_plan"},
+    {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"},
     {"noise_triton"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels"},

@@ -22,6 +22,7 @@ from orchestrator.seed_sync import Header, Ledger
 
 STEPS = 20
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"], "slots": 4}
+LOW_RANK = {"kind": "low_rank", "rank": 2, "slots": 2}
 PREFIX = {"kind": "prefix", "tokens": 3, "slots": 4}
 
 
@@ -225,13 +226,21 @@ def train(config: Config, path: Path) -> list[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", [LORA, {"kind": "low_rank", "rank": 2, "slots": 2}, PREFIX])
+@pytest.mark.parametrize(
+    ("space", "estimator"),
+    [
+        (LORA, {}),
+        (LOW_RANK, {}),
+        (PREFIX, {}),
+        (LOW_RANK, {"kind": "es", "second_moment": 0.9, "momentum": 0.5}),
+    ],
+)
 def test_slots_give_the_same_ledger_for_any_fleet_and_after_a_resume(
-    space: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
+    space: dict[str, Any], estimator: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     values = yaml.safe_load(yaml.safe_dump(recipe))
     values["space"] = space
-    values["estimator"] |= {"num_seeds": 4, "lr": 1e-3}
+    values["estimator"] |= {"num_seeds": 4, "lr": 1e-3, **estimator}
     values["run"]["steps"] = STEPS
     whole = train(Config.model_validate(values), tmp_path / "one.jsonl")
     assert len(whole) == STEPS
