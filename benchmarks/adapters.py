@@ -1,10 +1,9 @@
-"""What adapter slots cost: beside plain prefill of the same tokens, to write, and to add up.
+"""What adapter slots cost: beside plain prefill of the same tokens, and to write.
 
     python -m benchmarks.adapters [MODEL ...]
 
 On random weights of a model's shape, one table a model: the share of plain prefill's throughput
-that remains with all slots in one forward, paired, medians; the time to write every slot; the time
-of a low-rank update beside a copy of the master.
+that remains with all slots in one forward, paired, medians, and the time to write every slot.
 """
 
 import sys
@@ -27,10 +26,7 @@ from orchestrator.adapters import AdapterPlan  # noqa: E402
 from orchestrator.engine import Engine  # noqa: E402
 from orchestrator.export import AdapterSettings  # noqa: E402
 from orchestrator.lora import LoraSpace  # noqa: E402
-from orchestrator.noise import TensorRegion  # noqa: E402
-from orchestrator.records import Probe, StepUpdate  # noqa: E402
-from orchestrator.space import table  # noqa: E402
-from orchestrator.sweeps import Factors, Slice  # noqa: E402
+from orchestrator.records import Probe  # noqa: E402
 
 NUM_SLOTS, NUM_PROMPTS, NUM_TOKENS = (16, 16, 64) if ON_GPU else (4, 4, 32)
 RANK = 8
@@ -83,32 +79,8 @@ def compare(name: str, modules: tuple[str, ...]) -> None:
     adapted.close()
 
 
-def low_rank_update(size: int, num_seeds: int) -> None:
-    """One matrix [size, size]: the update against reading and writing the master once."""
-    master = torch.randn(size, size, device=DEVICE)
-    live = torch.empty_like(master, dtype=getattr(torch, DTYPE))
-    left = torch.randn(num_seeds, size, RANK, device=DEVICE)
-    right = torch.randn(num_seeds, RANK, size, device=DEVICE)
-    matrix = table([Slice(TensorRegion("w", 0, size), master, live)])
-    update = StepUpdate(0, tuple(range(num_seeds)), (1e-9,) * num_seeds, decay=1.0)
-    other = torch.empty_like(master)
-    calls = {
-        "update": lambda: matrix.low_rank_update([Factors(left, right)], update),
-        "copy": lambda: other.copy_(master),
-    }
-    taken = medians(paired(calls, NUM_TURNS))
-    print(
-        f"low-rank update, {size} x {size}, rank {RANK}, {num_seeds} seeds: "
-        f"{1e3 * taken['update']:.2f} ms, {taken['update'] / taken['copy']:.2f} copies of the "
-        "master",
-        flush=True,
-    )
-
-
 if __name__ == "__main__":
     print(header())
     for model in sys.argv[1:] or DEFAULT_MODELS:
         compare(model, ("q_proj", "v_proj"))
         compare(model, SHAPES[model].modules)
-    for num_seeds in (1, 8):
-        low_rank_update(8192 if ON_GPU else 4096, num_seeds)
