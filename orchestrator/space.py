@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from orchestrator import sweeps_numba, sweeps_triton
+from orchestrator import sweeps_cuda, sweeps_numba
 from orchestrator.noise import NoiseKind, TensorRegion
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.runner import gather_from_ranks, sum_over_ranks
@@ -161,7 +161,7 @@ def digest(checksums: Sequence[str]) -> str:
 def table(slices: Sequence[Slice]) -> Table:
     """A table of slices that all lie on one device."""
     on_gpu = bool(slices) and slices[0].live.is_cuda
-    return sweeps_triton.Table(slices) if on_gpu else sweeps_numba.Table(slices)
+    return sweeps_cuda.Table(slices) if on_gpu else sweeps_numba.Table(slices)
 
 
 def assembled(

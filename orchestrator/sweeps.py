@@ -1,4 +1,4 @@
-"""What a sweep over parameters is: the contract that numba's and Triton's tables fulfil.
+"""What a sweep over parameters is: the contract that numba's and CUDA's tables fulfil.
 
 A slice of a parameter is seen as [rows, columns]; its region says where it lies in the canonical
 tensor. A table holds slices and sweeps over all of them at once. Both implementations give the

@@ -9,10 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
     {"config", "records", "environment", "output"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"},
-    {"noise_triton"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels"},
-    {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_triton"}
+    {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
     | {"prefix_slots"},
     {"score_graphs"},
     {"engine", "sglang_models", "export"},
@@ -30,7 +29,8 @@ OWNERS = {
     "ray": {"actors"},
     "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
     | {"score_graphs"},
-    "triton": {"adapter_kernels_triton", "noise_triton", "sweeps_triton"},
+    "triton": {"adapter_kernels_triton"},
+    "cuda": {"sweeps_cuda"},
     "numba": {"sweeps_numba", "replica"},
     "torch": {
         "engine",
@@ -44,7 +44,7 @@ OWNERS = {
         "sweeps",
         "sweeps_numba",
     }
-    | {"sweeps_triton", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"}
+    | {"sweeps_cuda", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"}
     | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
     | {"score_graphs"},
 }

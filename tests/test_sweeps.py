@@ -1,36 +1,39 @@
-"""The sweeps, numba's and Triton's, against the specification in noise.py, bit for bit.
+"""The sweeps, numba's and CUDA's, against the specification in noise.py, bit for bit."""
 
-Checks take a sweeps module. Triton reads TRITON_INTERPRET when it is first imported, and other
-tests import it too, so Triton's checks run in processes of their own, which call this module.
-"""
-
-import os
 import re
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Protocol
 
 import numba
 import numpy as np
 import pytest
 import torch
+import triton
+from cuda.core import Program, ProgramOptions
+from host_kernels import HostSweeps
 from numpy.typing import NDArray
 
-from orchestrator import noise, sweeps_numba
+from orchestrator import noise, sweeps_cuda, sweeps_numba
 from orchestrator.noise import NoiseKind, TensorRegion
 from orchestrator.records import StepUpdate
-from orchestrator.sweeps import Draw, Factors, Slice
+from orchestrator.sweeps import Draw, Factors, Slice, Table
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NAME = "model.layers.0.mlp.down_proj.weight"
 SEED = 0xFEDCBA9876543210
 KINDS: tuple[NoiseKind, ...] = ("gaussian", "rademacher")
 MASTERS = (torch.float32, torch.bfloat16)
 LIVES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Sweeps(Protocol):
+    """A module of sweeps."""
+
+    def Table(self, slices: Sequence[Slice]) -> Table: ...  # noqa: N802  a class
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def _factors(shape: Shape, count: int, rank: int) -> tuple[torch.Tensor, torch.T
 
 
 def check_perturb(
-    sweeps: ModuleType, shape: Shape, kind: NoiseKind, stored: torch.dtype, served: torch.dtype
+    sweeps: Sweeps, shape: Shape, kind: NoiseKind, stored: torch.dtype, served: torch.dtype
 ) -> None:
     master = _values(shape, stored)
     buffer = _poisoned_buffer(shape, served)
@@ -174,7 +177,7 @@ def check_perturb(
 
 
 def check_update(
-    sweeps: ModuleType,
+    sweeps: Sweeps,
     shape: Shape,
     kind: NoiseKind,
     stored: torch.dtype,
@@ -194,7 +197,7 @@ def check_update(
 
 
 def check_low_rank_update(
-    sweeps: ModuleType,
+    sweeps: Sweeps,
     shape: Shape,
     stored: torch.dtype,
     served: torch.dtype,
@@ -217,7 +220,7 @@ def check_low_rank_update(
     _assert_same_bits(buffer, expected, f"live of {what}")
 
 
-def check_fused_updates(sweeps: ModuleType, shape: Shape, kind: NoiseKind) -> None:
+def check_fused_updates(sweeps: Sweeps, shape: Shape, kind: NoiseKind) -> None:
     """Several steps and the perturbation that follows are the same in one sweep as in many."""
     updates = [
         _step(*_seeds(count), step=9 + number, decay=1 - 0.01 * number)
@@ -243,7 +246,7 @@ def check_fused_updates(sweeps: ModuleType, shape: Shape, kind: NoiseKind) -> No
             _assert_same_bits(other, one, f"{shape} {kind} {stored} {served}")
 
 
-def check_many_slices(sweeps: ModuleType, kind: NoiseKind) -> None:
+def check_many_slices(sweeps: Sweeps, kind: NoiseKind) -> None:
     """One sweep over slices of all sorts, each with a draw of its own, or no master."""
     slices: list[Slice] = []
     alone: list[Slice] = []
@@ -265,7 +268,7 @@ def check_many_slices(sweeps: ModuleType, kind: NoiseKind) -> None:
     assert table.digests(live=True) == expected
 
 
-def check_master_that_is_live(sweeps: ModuleType) -> None:
+def check_master_that_is_live(sweeps: Sweeps) -> None:
     for dtype, shape in product(MASTERS, SLICES[:3]):
         apart, shared = _values(shape, dtype), _values(shape, dtype)
         factors = Factors(*_factors(shape, 2, 4))
@@ -276,7 +279,7 @@ def check_master_that_is_live(sweeps: ModuleType) -> None:
         _assert_same_bits(shared, apart, f"{shape} {dtype}")
 
 
-def check_digest(sweeps: ModuleType, shape: Shape, dtype: torch.dtype) -> None:
+def check_digest(sweeps: Sweeps, shape: Shape, dtype: torch.dtype) -> None:
     buffer = _poisoned_buffer(shape, dtype)
     view = _view(buffer, shape)
     view.copy_(_values(shape, torch.float32))
@@ -287,7 +290,7 @@ def check_digest(sweeps: ModuleType, shape: Shape, dtype: torch.dtype) -> None:
         assert sweeps.Table([Slice(shape.region, master, view)]).digests() == [expected]
 
 
-def check_shards(sweeps: ModuleType, kind: NoiseKind) -> None:
+def check_shards(sweeps: Sweeps, kind: NoiseKind) -> None:
     whole = Shape(8, 100, 2**33 + 3, 100)
     rows = [Shape(2, 100, whole.start + 200 * part, 100) for part in range(4)]
     columns = [Shape(8, 25, whole.start + 25 * part, 100) for part in range(4)]
@@ -309,7 +312,7 @@ def check_shards(sweeps: ModuleType, kind: NoiseKind) -> None:
         assert sum(of_shards.digests(live=True)) % 2**64 == table.digests(live=True)[0]
 
 
-def check_low_rank_shards(sweeps: ModuleType) -> None:
+def check_low_rank_shards(sweeps: Sweeps) -> None:
     start, columns = 2**33 + 3, 100
     master = _values(Shape(8, columns, start, columns), torch.bfloat16)
     left, right = _factors(Shape(8, columns, start, columns), 2, 4)
@@ -331,7 +334,7 @@ def check_low_rank_shards(sweeps: ModuleType) -> None:
     _assert_same_bits(torch.cat(by_columns, 1), whole, "four shards of columns")
 
 
-def check_empty_slices(sweeps: ModuleType) -> None:
+def check_empty_slices(sweeps: Sweeps) -> None:
     for shape, stored, served in product(EMPTY_SLICES, MASTERS, LIVES):
         for kind in KINDS:
             check_perturb(sweeps, shape, kind, stored, served)
@@ -340,7 +343,7 @@ def check_empty_slices(sweeps: ModuleType) -> None:
         check_digest(sweeps, shape, served)
 
 
-def check_nothing_is_fused(sweeps: ModuleType) -> None:
+def check_nothing_is_fused(sweeps: Sweeps) -> None:
     """A fused multiply-add would round once where two roundings are specified."""
     shape = Shape(1, 4096, 0, 0)
     master = _values(shape, torch.float32)
@@ -353,7 +356,7 @@ def check_nothing_is_fused(sweeps: ModuleType) -> None:
     _assert_same_bits(live, expected, "live")
 
 
-def check_infinities_and_nan_survive(sweeps: ModuleType) -> None:
+def check_infinities_and_nan_survive(sweeps: Sweeps) -> None:
     for stored in MASTERS:
         master = torch.tensor([[float("inf"), -float("inf"), float("nan")]] * 50, dtype=stored)
         live = torch.zeros_like(master, dtype=torch.bfloat16)
@@ -495,127 +498,48 @@ def test_factors_that_do_not_fit_are_refused(
         table.low_rank_update([Factors(left, right)], _step([1, 2], [1.0, 1.0], step=1))
 
 
-def check_triton_interpreted() -> None:
-    """Every check, in Triton's interpreter: to be called in a process that interprets."""
-    _mend_interpreted_rounding()
-    from orchestrator import sweeps_triton  # noqa: PLC0415  only this process may import it
-
+def test_cuda_kernels_are_the_specification(tmp_path: Path) -> None:
+    """Every check, on the kernels' source as the host's compiler makes functions of it."""
+    cuda = HostSweeps(tmp_path)
     ragged = SLICES[2]
     for kind, stored, served in product(KINDS, MASTERS, LIVES):
-        check_perturb(sweeps_triton, ragged, kind, stored, served)
-        check_update(sweeps_triton, ragged, kind, stored, served, 1)
-        check_low_rank_update(sweeps_triton, ragged, stored, served, 1, 4)
-    for shape, kind, stored in product(SLICES, KINDS, MASTERS):
-        check_perturb(sweeps_triton, shape, kind, stored, torch.bfloat16)
-        check_update(sweeps_triton, shape, kind, stored, torch.float32, 3)
-    for shape, stored, rank in product((*SLICES, TALL_SLICE), MASTERS, (1, 5)):
+        check_perturb(cuda, ragged, kind, stored, served)
+        check_update(cuda, ragged, kind, stored, served, 1)
+        check_low_rank_update(cuda, ragged, stored, served, 1, 4)
+    for shape, kind, stored in product((*SLICES, LONG_SLICE), KINDS, MASTERS):
+        check_perturb(cuda, shape, kind, stored, torch.bfloat16)
+        check_update(cuda, shape, kind, stored, torch.float32, 3)
+    for shape, stored, rank in product((*SLICES, TALL_SLICE), MASTERS, (4, 5)):
         for count in (0, 3):
-            check_low_rank_update(sweeps_triton, shape, stored, torch.bfloat16, count, rank)
-    for shape, served in product(SLICES, LIVES):
-        check_digest(sweeps_triton, shape, served)
+            check_low_rank_update(cuda, shape, stored, torch.bfloat16, count, rank)
+    for shape, served in product((*SLICES, LONG_SLICE), LIVES):
+        check_digest(cuda, shape, served)
     for kind in KINDS:
-        check_update(sweeps_triton, ragged, kind, torch.float32, torch.bfloat16, 0)
-        check_update(sweeps_triton, ragged, kind, torch.bfloat16, torch.bfloat16, 64)
-        check_shards(sweeps_triton, kind)
-        check_fused_updates(sweeps_triton, SLICES[1], kind)
-        check_fused_updates(sweeps_triton, ragged, kind)
-        check_many_slices(sweeps_triton, kind)
-    check_master_that_is_live(sweeps_triton)
-    check_low_rank_shards(sweeps_triton)
-    check_empty_slices(sweeps_triton)
-    check_nothing_is_fused(sweeps_triton)
-    check_infinities_and_nan_survive(sweeps_triton)
+        check_update(cuda, ragged, kind, torch.float32, torch.bfloat16, 0)
+        for shape in (ragged, SLICES[1]):
+            check_update(cuda, shape, kind, torch.bfloat16, torch.bfloat16, 64)
+            check_fused_updates(cuda, shape, kind)
+        check_shards(cuda, kind)
+        check_many_slices(cuda, kind)
+    check_master_that_is_live(cuda)
+    check_low_rank_shards(cuda)
+    check_empty_slices(cuda)
+    check_nothing_is_fused(cuda)
+    check_infinities_and_nan_survive(cuda)
 
 
-def _mend_interpreted_rounding() -> None:
-    """The interpreter cuts float32 off where it makes bfloat16 of it; devices round."""
-    from triton.runtime import interpreter  # noqa: PLC0415  only this process may import it
-
-    original, bfloat16 = interpreter._convert_float, interpreter.tl.bfloat16
-
-    def convert(values: NDArray[Any], source: object, target: object, mode: object) -> NDArray[Any]:
-        if target != bfloat16:
-            unchanged: NDArray[Any] = original(values, source, target, mode)
-            return unchanged
-        rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
-        patterns: NDArray[np.uint16] = rounded.view(torch.uint16).numpy()
-        return patterns.reshape(values.shape)
-
-    interpreter._convert_float = convert
-
-
-def check_triton_compiles() -> None:
-    """Compile each kernel for sm_90, without a device, and look for fused multiply-adds."""
-    import triton  # noqa: PLC0415  only this process may import it
-    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
-    from triton.compiler import ASTSource  # noqa: PLC0415
-
-    from orchestrator import sweeps_triton  # noqa: PLC0415
-
-    def ptx(kernel: triton.JITFunction, pointers: dict[str, str], **constants: object) -> str:
-        signature = {parameter.name: parameter.annotation_type for parameter in kernel.params}
-        signature |= {name: pointers[name] for name in kernel.arg_names if name in pointers}
-        signature |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(kernel, signature, constants)
-        options = {"enable_fp_fusion": False}
-        compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)
-        return str(compiled.asm["ptx"])
-
-    def assert_nothing_is_fused(text: str) -> None:
-        assert "add.rn.f32" in text
-        assert not re.search(r"\bfma\.|\b(add|mul)\.f32", text)
-
-    import triton.language as tl  # noqa: PLC0415
-
-    table = {"fields": "*i64", "owners": "*i32", "coefficients": "*fp32"}
-    numbers = {"magnitudes": "*u32", "seeds": "*u64", "steps": "*u64", "decays": "*fp32"}
-    pointers = table | numbers | {"closings": "*i32"}
-    for (gaussian, tile), (aligned, stored) in product(
-        ((True, sweeps_triton.GAUSSIAN_TILE), (False, sweeps_triton.RADEMACHER_TILE)),
-        ((False, tl.float32), (True, tl.uint16)),
-    ):
-        constants = {
-            "GAUSSIAN": gaussian,
-            "ALIGNED": aligned,
-            "TILE": tile,
-            "STORED": stored,
-            "SERVED": tl.uint16,
-        }
-        assert_nothing_is_fused(ptx(sweeps_triton._perturb, pointers, **constants))
-        assert_nothing_is_fused(ptx(sweeps_triton._update, pointers, THEN=True, **constants))
-    for aligned, stored in ((True, tl.float32), (True, tl.uint16), (False, tl.uint16)):
-        assert_nothing_is_fused(
-            ptx(
-                sweeps_triton._low_rank_update,
-                table,
-                RANK=4,
-                ALIGNED=aligned,
-                ROWS_A_TILE=sweeps_triton.LOW_RANK_ROWS,
-                STORED=stored,
-                SERVED=tl.uint16,
-                TILE=sweeps_triton.LOW_RANK_COLUMNS,
-            )
-        )
-    sums = table | {"partial_sums": "*i64"}
-    ptx(sweeps_triton._digest, sums, OF_LIVE=True, BITS=tl.uint16, TILE=sweeps_triton.DIGEST_TILE)
-
-
-def _run_alone(check: Callable[[], None], **environment: str) -> None:
-    here = Path(__file__).parent
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    search_path = os.pathsep.join([str(here), str(here.parent)])
-    finished = subprocess.run(
-        [sys.executable, "-c", f"import test_sweeps; test_sweeps.{check.__name__}()"],
-        env=inherited | {"PYTHONPATH": search_path} | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-
-
-def test_triton_is_the_specification() -> None:
-    _run_alone(check_triton_interpreted, TRITON_INTERPRET="1")
-
-
-def test_triton_compiles_for_cuda_and_fuses_nothing(tmp_path: Path) -> None:
-    _run_alone(check_triton_compiles, TRITON_CACHE_DIR=str(tmp_path))
+def test_cuda_kernels_compile_and_fuse_nothing(tmp_path: Path) -> None:
+    """For a GPU, without one: every variant that a run can meet."""
+    source = sweeps_cuda.SOURCE.read_text()
+    tilings = (*sweeps_cuda.PERTURB.values(), *sweeps_cuda.UPDATE.values(), sweeps_cuda.LOW_RANK)
+    for tiling, stored, aligned in product(tilings, MASTERS, (False, True)):
+        variant = sweeps_cuda.Variant(stored, torch.bfloat16, aligned)
+        gaussian = int(tiling.block == noise.GAUSSIAN_BLOCK)
+        macros = sweeps_cuda._macros(tiling, variant, {"GAUSSIAN": gaussian, "RANK": 8})
+        options = ProgramOptions("sweeps", "sm_90", std="c++17", fma=False, define_macro=[*macros])
+        cubin = tmp_path / "sweeps.cubin"
+        cubin.write_bytes(Program(source, "c++", options).compile("cubin").code)
+        command = [str(CUOBJDUMP), "-sass", str(cubin)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "FADD" in listing
+        assert "FFMA" not in listing

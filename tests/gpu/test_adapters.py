@@ -10,7 +10,7 @@ from test_adapter_kernels import INTERLEAVED, PLAIN, RANKS, SEGMENTS, Batch, che
 from test_adapter_spaces import SEQUENCES, SPANS, peft_model, probes, reference_sums, sums
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from orchestrator import adapter_kernels, sweeps_numba, sweeps_triton
+from orchestrator import adapter_kernels, sweeps_cuda, sweeps_numba
 from orchestrator.adapter_kernels_triton import Slice as Columns
 from orchestrator.adapter_kernels_triton import cut_rows, expand, shrink
 from orchestrator.checkpoint import Checkpoint
@@ -36,7 +36,7 @@ def test_low_rank_updates_equal_the_cpus(master_dtype: torch.dtype, rank: int) -
     left, right = torch.randn(5, 37, rank), torch.randn(5, rank, 413)
     region = TensorRegion("model.layers.0.mlp.up_proj.weight", 5003, 1000)
     results = []
-    for sweeps, device in ((sweeps_numba, "cpu"), (sweeps_triton, "cuda")):
+    for sweeps, device in ((sweeps_numba, "cpu"), (sweeps_cuda, "cuda")):
         held = master.to(device, copy=True)
         live = torch.empty_like(held, dtype=torch.bfloat16)
         table = sweeps.Table([Slice(region, held, live)])

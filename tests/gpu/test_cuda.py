@@ -1,4 +1,4 @@
-"""What only a GPU can show: Triton's bits are numba's, and a ledger replays alike on both devices.
+"""What only a GPU can show: its sweeps' bits are numba's, and ledgers replay alike on both devices.
 
 The other tests of the suite run on the GPU too where there is one (see conftest.DEVICE). Run with
 `python -m pytest tests/gpu`, and without the last argument for everything.
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator import noise, sweeps_numba, sweeps_triton
+from orchestrator import noise, sweeps_cuda, sweeps_numba
 from orchestrator.noise import TensorRegion
 from orchestrator.records import StepUpdate
 from orchestrator.sweeps import Draw, Slice
@@ -50,7 +50,7 @@ def test_sweeps_equal_the_cpus(
     cpu, gpu = tensors(master_dtype, live_dtype), on_gpu(*tensors(master_dtype, live_dtype))
     tables = (
         sweeps_numba.Table([Slice(REGION, *cpu)]),
-        sweeps_triton.Table([Slice(REGION, *gpu)]),
+        sweeps_cuda.Table([Slice(REGION, *gpu)]),
     )
     for table in tables:
         table.perturb(kind, [Draw(2**63 + 5, 1e-3)])

@@ -1,0 +1,703 @@
+// Sweeps over slices of parameters: what sweeps.py promises, in the bits that noise.py specifies.
+//
+// One source for two compilers. NVRTC makes a GPU's kernels of it, compiled without fused
+// multiply-adds, which would round differently from a CPU (see sweeps_cuda.py). A host's compiler
+// makes the same functions of it, with warps of one lane, so that tests can check every bit
+// without a GPU.
+//
+// A slice is cut into tiles of neighbouring elements, a tile is one warp's, and a program of
+// several warps sweeps over tiles that follow each other. Every lane holds eight elements at a
+// time: as many as share a block of gaussian noise, and 16 bytes of 16-bit values.
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+#ifdef __CUDACC__
+constexpr int LANES = 32;
+#define FUNCTION __device__ __forceinline__
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+#define SHARED __shared__
+FUNCTION int this_lane() { return threadIdx.x % LANES; }
+FUNCTION int this_warp() { return threadIdx.x / LANES; }
+FUNCTION int this_program() { return blockIdx.x; }
+FUNCTION void wait_for_program() { __syncthreads(); }
+FUNCTION void wait_for_warp() { __syncwarp(); }
+FUNCTION float as_float(u32 bits) { return __uint_as_float(bits); }
+FUNCTION u32 as_bits(float value) { return __float_as_uint(value); }
+FUNCTION bool is_finite(float value) { return fabsf(value) < __int_as_float(0x7F800000); }
+template <typename VALUE>
+FUNCTION VALUE* in_global_memory(VALUE* values) {  // which the compiler cannot know of a table's
+    __builtin_assume(__isGlobal(values));
+    return values;
+}
+FUNCTION void add_to(u64* sum, u64 value) { atomicAdd(sum, value); }
+FUNCTION u64 sum_over_warp(u64 value) {
+    for (int distance = LANES / 2; distance; distance /= 2)
+        value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
+    return value;
+}
+FUNCTION u32 to_bfloat16(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+FUNCTION u32 to_float16(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+FUNCTION float from_float16(u16 pattern) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(pattern));
+    return value;
+}
+#else
+#include <cmath>
+#include <cstring>
+constexpr int LANES = 1;
+#define FUNCTION inline
+#define KERNEL extern "C" void
+#define SHARED static
+#define __restrict__
+static int current_program;
+FUNCTION int this_lane() { return 0; }
+FUNCTION int this_warp() { return 0; }
+FUNCTION int this_program() { return current_program; }
+FUNCTION void wait_for_program() {}
+FUNCTION void wait_for_warp() {}
+FUNCTION float as_float(u32 bits) { float value; std::memcpy(&value, &bits, 4); return value; }
+FUNCTION u32 as_bits(float value) { u32 bits; std::memcpy(&bits, &value, 4); return bits; }
+FUNCTION bool is_finite(float value) { return std::isfinite(value); }
+template <typename VALUE>
+FUNCTION VALUE* in_global_memory(VALUE* values) { return values; }
+FUNCTION void add_to(u64* sum, u64 value) { *sum += value; }
+FUNCTION u64 sum_over_warp(u64 value) { return value; }
+FUNCTION u32 nearest_bfloat16(float value) {
+    u32 bits = as_bits(value);
+    return std::isnan(value) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+FUNCTION u32 to_bfloat16(float low, float high) {
+    return nearest_bfloat16(low) | nearest_bfloat16(high) << 16;
+}
+FUNCTION u32 nearest_float16(float value) {
+    _Float16 rounded = static_cast<_Float16>(value);
+    u16 pattern;
+    std::memcpy(&pattern, &rounded, 2);
+    return std::isnan(value) ? 0x7FFF : pattern;
+}
+FUNCTION u32 to_float16(float low, float high) {
+    return nearest_float16(low) | nearest_float16(high) << 16;
+}
+#endif
+
+// ---------------------------------------------------------------- what a launch is compiled for
+
+enum Format { NOTHING, FLOAT32, BFLOAT16, FLOAT16 };
+
+#ifndef STORED
+#define STORED FLOAT32     // of the masters; NOTHING stands for zeros
+#define SERVED BFLOAT16    // of the live values; NOTHING where the masters are live
+#define GAUSSIAN 1         // the kind of noise: gaussian, or rademacher
+#define ALIGNED 0          // whether all rows begin with a block of words, and are whole vectors
+#define RANK 4             // of low-rank noise
+#define ROWS_A_TILE 4      // of low-rank noise
+#define WARPS 1            // of a program
+#define ROUNDS 2           // tiles of a warp
+#define CHUNKS 4           // eights of elements that a lane holds, were there 32 lanes
+#define RESIDENT 1         // programs that a multiprocessor has room for, at least
+#define DIGEST_LIVE 0
+#endif
+
+constexpr int THREADS = LANES * WARPS;
+constexpr int EIGHT = 8;
+constexpr int TILE = 32 * CHUNKS * EIGHT;         // elements of a tile
+constexpr int HELD = TILE / EIGHT / LANES;        // eights that a lane holds
+constexpr u32 SIGN = 0x80000000;
+constexpr u32 UPPER_HALF = 0xFFFF0000;
+constexpr int BLOCK = GAUSSIAN ? 8 : 128;         // elements that a block of words serves
+constexpr int MAGNITUDES = 1024;
+constexpr u32 PERTURBATION = 0, ROUNDING = 1;     // noise.Stream
+constexpr int PHILOX_ROUNDS = 10;                 // noise.PHILOX_ROUNDS
+
+struct Slice {  // sweeps_cuda.FIELDS
+    void* master;
+    void* live;
+    i64 rows, columns, live_stride, start, row_stride;
+    i64 name_word, draw, first_program, tiles_a_row, num_tiles;
+    const float* left;
+    const float* right;
+    i64 number, unused;
+};
+
+struct Draw {
+    u64 seed;
+    float coefficient;
+    int closing;  // the number of the step that it is the last of, or -1
+};
+
+struct Step {
+    u64 number;
+    float decay;
+    int unused;
+};
+
+struct alignas(16) Vector {
+    u32 word[4];
+};
+
+// ---------------------------------------------------------------- words
+
+// A seed's keys in all rounds.
+struct Keys {
+    u32 word[2 * PHILOX_ROUNDS];
+};
+
+FUNCTION Keys keys_of(u64 seed) {
+    Keys keys;
+#pragma unroll
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+        keys.word[2 * round] = u32(seed) + round * 0x9E3779B9u;
+        keys.word[2 * round + 1] = u32(seed >> 32) + round * 0xBB67AE85u;
+    }
+    return keys;
+}
+
+// Philox4x32-10 of several blocks under one seed. A product of 64 bits gives both of its halves.
+template <int COUNT>
+FUNCTION void philox(
+    const u64 (&block)[COUNT], u32 name_word, u32 stream, const Keys& keys, Vector (&words)[COUNT]
+) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        words[i] = {u32(block[i]), u32(block[i] >> 32), name_word, stream};
+#pragma unroll
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            u32(&word)[4] = words[i].word;
+            u64 product_0 = u64(word[0]) * 0xD2511F53u, product_1 = u64(word[2]) * 0xCD9E8D57u;
+            word[0] = u32(product_1 >> 32) ^ word[1] ^ keys.word[2 * round];
+            word[2] = u32(product_0 >> 32) ^ word[3] ^ keys.word[2 * round + 1];
+            word[1] = u32(product_1);
+            word[3] = u32(product_0);
+        }
+    }
+}
+
+// ---------------------------------------------------------------- eights in memory
+
+// Which of a row's eight elements from `column` on are there.
+struct Eight {
+    i64 column, columns;
+    FUNCTION bool has(int j) const {
+        return ALIGNED ? column < columns : column + j >= 0 && column + j < columns;
+    }
+};
+
+template <Format FORMAT>
+FUNCTION void load(const void* row, Eight eight, float (&value)[EIGHT]) {
+    if constexpr (FORMAT == FLOAT32) {
+        const float* from = static_cast<const float*>(row) + eight.column;
+        if constexpr (ALIGNED) {
+            Vector first = {}, second = {};
+            if (eight.has(0)) {
+                first = reinterpret_cast<const Vector*>(from)[0];
+                second = reinterpret_cast<const Vector*>(from)[1];
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                value[j] = as_float(first.word[j]);
+                value[4 + j] = as_float(second.word[j]);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < EIGHT; ++j) value[j] = eight.has(j) ? from[j] : 0.f;
+        }
+    } else if constexpr (FORMAT == BFLOAT16) {
+        const u16* from = static_cast<const u16*>(row) + eight.column;
+        if constexpr (ALIGNED) {
+            Vector all = {};
+            if (eight.has(0)) all = *reinterpret_cast<const Vector*>(from);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                value[2 * j] = as_float(all.word[j] << 16);
+                value[2 * j + 1] = as_float(all.word[j] & UPPER_HALF);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < EIGHT; ++j)
+                value[j] = as_float(eight.has(j) ? u32(from[j]) << 16 : 0);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < EIGHT; ++j) value[j] = 0.f;
+    }
+}
+
+FUNCTION void load_factors(const float* from, float (&value)[RANK]) {
+    if constexpr (RANK % 4 == 0) {
+#pragma unroll
+        for (int k = 0; k < RANK / 4; ++k) {
+            Vector four = reinterpret_cast<const Vector*>(from)[k];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) value[4 * k + j] = as_float(four.word[j]);
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < RANK; ++k) value[k] = from[k];
+    }
+}
+
+// Stores values as they are, or of a bfloat16 format the upper halves of their bits; with
+// `ROUND` to nearest even.
+template <Format FORMAT, bool ROUND>
+FUNCTION void store(void* row, Eight eight, const float (&value)[EIGHT]) {
+    if constexpr (FORMAT == FLOAT32) {
+        float* to = static_cast<float*>(row) + eight.column;
+        if constexpr (ALIGNED) {
+            if (!eight.has(0)) return;
+            Vector* target = reinterpret_cast<Vector*>(to);
+            target[0] = {as_bits(value[0]), as_bits(value[1]), as_bits(value[2]), as_bits(value[3])};
+            target[1] = {as_bits(value[4]), as_bits(value[5]), as_bits(value[6]), as_bits(value[7])};
+        } else {
+#pragma unroll
+            for (int j = 0; j < EIGHT; ++j)
+                if (eight.has(j)) to[j] = value[j];
+        }
+    } else if constexpr (FORMAT != NOTHING) {
+        Vector all;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float low = value[2 * j], high = value[2 * j + 1];
+            if constexpr (!ROUND)
+                all.word[j] = as_bits(low) >> 16 | (as_bits(high) & UPPER_HALF);
+            else
+                all.word[j] = FORMAT == BFLOAT16 ? to_bfloat16(low, high) : to_float16(low, high);
+        }
+        u16* to = static_cast<u16*>(row) + eight.column;
+        if constexpr (ALIGNED) {
+            if (eight.has(0)) *reinterpret_cast<Vector*>(to) = all;
+        } else {
+#pragma unroll
+            for (int j = 0; j < EIGHT; ++j)
+                if (eight.has(j)) to[j] = u16(all.word[j / 2] >> j % 2 * 16);
+        }
+    }
+}
+
+FUNCTION void* row_of(void* values, Format format, i64 offset) {
+    return static_cast<u8*>(in_global_memory(values)) + offset * (format == FLOAT32 ? 4 : 2);
+}
+
+// One of the two bfloat16 around each value, by chance in proportion; what is not finite stays.
+template <bool ASK>
+FUNCTION void round_stochastically(float (&value)[EIGHT], const Vector& words) {
+#pragma unroll
+    for (int j = 0; j < EIGHT; ++j) {
+        u32 word = words.word[j / 2], chance = j % 2 ? word >> 16 : word & 0xFFFF;
+        u32 bits = as_bits(value[j]);
+        if (!ASK || is_finite(value[j])) bits += chance;
+        value[j] = as_float(bits & UPPER_HALF);
+    }
+}
+
+template <int COUNT>
+FUNCTION void round_stochastically(
+    float (&value)[COUNT][EIGHT], const u64 (&block)[COUNT], u32 name_word, const Keys& step
+) {
+    Vector words[COUNT];
+    philox(block, name_word, ROUNDING, step, words);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        float sum = 0;  // finite only if all are: to ask each of them would take twice as long
+#pragma unroll
+        for (int j = 0; j < EIGHT; ++j) sum += value[i][j];
+        if (is_finite(sum))
+            round_stochastically<false>(value[i], words[i]);
+        else
+            round_stochastically<true>(value[i], words[i]);
+    }
+}
+
+// ---------------------------------------------------------------- where a warp is
+
+struct Tile {
+    const Slice* slice;
+    i64 row, first;  // the first column, as if the row began with a block of words
+    u64 index;       // of that column in the canonical tensor: a multiple of BLOCK
+
+    // A lane's eights lie a warp's width apart.
+    FUNCTION int offset(int held) const { return (held * LANES + this_lane()) * EIGHT; }
+    FUNCTION Eight eight(int held) const { return {first + offset(held), slice->columns}; }
+    FUNCTION u64 index_of(int held) const { return index + offset(held); }
+    FUNCTION void blocks(u64 (&block)[HELD]) const {
+#pragma unroll
+        for (int held = 0; held < HELD; ++held) block[held] = index_of(held) / EIGHT;
+    }
+    FUNCTION void* master_row() const {
+        return row_of(slice->master, STORED, row * slice->columns);
+    }
+    FUNCTION void* live_row() const {
+        return row_of(slice->live, SERVED, row * slice->live_stride);
+    }
+};
+
+FUNCTION Tile tile_of(const Slice* slice, int number) {
+    i64 row = 0;
+    int place = number;
+    if (slice->rows > 1) {
+        int tiles = int(slice->tiles_a_row);
+        row = number / tiles;
+        place = number % tiles;
+    }
+    u64 row_index = u64(slice->start + row * slice->row_stride);
+    i64 skipped = ALIGNED ? 0 : i64(row_index % BLOCK);
+    i64 first = i64(place) * TILE - skipped;
+    return {slice, row, first, row_index + u64(first)};
+}
+
+// A warp's tiles of the program's slice, one a round.
+FUNCTION int tile_number(const Slice* slice, int round) {
+    return ((this_program() - int(slice->first_program)) * ROUNDS + round) * WARPS + this_warp();
+}
+
+// ---------------------------------------------------------------- noise
+
+#if GAUSSIAN
+
+// Adds coefficient * z, drawn in registers. The magnitudes are looked up in shared memory.
+struct Noise {
+    const u32* magnitudes;
+
+    FUNCTION Noise(const u32* given) {
+        SHARED u32 table[MAGNITUDES];
+        for (int i = this_warp() * LANES + this_lane(); i < MAGNITUDES; i += THREADS)
+            table[i] = given[i];
+        wait_for_program();
+        magnitudes = table;
+    }
+    FUNCTION void prepare(const Tile&, u32, const Keys&) {}
+    FUNCTION void prepare(const Tile&, u32, const Draw*, int) {}
+    FUNCTION u32 magnitude(u32 bytes) const {
+        return *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(magnitudes) + bytes);
+    }
+    FUNCTION void add(
+        const Tile& tile, u32 name_word, const Keys& keys, float coefficient, int,
+        float (&sum)[HELD][EIGHT]
+    ) const {
+        u64 block[HELD];
+        Vector words[HELD];
+        tile.blocks(block);
+        philox(block, name_word, PERTURBATION, keys, words);
+#pragma unroll
+        for (int held = 0; held < HELD; ++held) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                u32 word = words[held].word[j];
+                u32 low = magnitude(word >> 4 & 0xFFC) ^ word << 31;
+                u32 high = magnitude(word >> 20 & 0xFFC) ^ (word << 15 & SIGN);
+                sum[held][2 * j] = sum[held][2 * j] + coefficient * as_float(low);
+                sum[held][2 * j + 1] = sum[held][2 * j + 1] + coefficient * as_float(high);
+            }
+        }
+    }
+};
+constexpr int GROUP = 1;
+
+#else
+
+// Adds coefficient * z. A block of words serves 16 lanes, so the lanes share the blocks of several
+// draws among them, and pass the words on through shared memory.
+constexpr int BLOCKS = TILE / BLOCK;
+constexpr int GROUP = 32 / BLOCKS;  // draws that are prepared at a time: one block a lane
+
+struct Noise {
+    Vector* words;
+
+    FUNCTION Noise(const u32*) {
+        SHARED Vector all[WARPS][GROUP * BLOCKS];
+        words = all[this_warp()];
+    }
+    FUNCTION void prepare(const Tile& tile, u32 name_word, const Keys& keys) {
+        wait_for_warp();  // until the words of before are read
+        for (int i = this_lane(); i < BLOCKS; i += LANES) draw(tile, name_word, keys, i);
+        wait_for_warp();
+    }
+    FUNCTION void prepare(const Tile& tile, u32 name_word, const Draw* draws, int count) {
+        wait_for_warp();
+        for (int i = this_lane(); i < count * BLOCKS; i += LANES)
+            draw(tile, name_word, keys_of(draws[i / BLOCKS].seed), i);
+        wait_for_warp();
+    }
+    FUNCTION void draw(const Tile& tile, u32 name_word, const Keys& keys, int place) {
+        u64 block[] = {tile.index / BLOCK + place % BLOCKS};
+        Vector drawn[1];
+        philox(block, name_word, PERTURBATION, keys, drawn);
+        words[place] = drawn[0];
+    }
+    FUNCTION void add(
+        const Tile& tile, u32, const Keys&, float coefficient, int place,
+        float (&sum)[HELD][EIGHT]
+    ) const {
+        const u8* octets = reinterpret_cast<const u8*>(words + place * BLOCKS);
+        u32 plus = as_bits(coefficient);
+#pragma unroll
+        for (int held = 0; held < HELD; ++held) {
+            u32 octet = octets[tile.offset(held) / EIGHT];
+#pragma unroll
+            for (int j = 0; j < EIGHT; ++j)
+                sum[held][j] = sum[held][j] + as_float(plus ^ (octet << (31 - j) & SIGN));
+        }
+    }
+};
+
+#endif
+
+// ---------------------------------------------------------------- kernels
+
+// live = round(master + coefficient * z), with the slice's own of the draws.
+KERNEL perturb(
+    const Slice* __restrict__ slices,
+    const int* __restrict__ owners,
+    const Draw* __restrict__ draws,
+    const u32* __restrict__ magnitudes
+) {
+    const Slice* slice = slices + owners[this_program()];
+    Noise noise(magnitudes);
+    const Draw* draw = draws + slice->draw;
+    u32 name_word = u32(slice->name_word);
+    for (int round = 0; round < ROUNDS; ++round) {
+        int number = tile_number(slice, round);
+        if (number >= slice->num_tiles) return;
+        Tile tile = tile_of(slice, number);
+        float value[HELD][EIGHT];
+#pragma unroll
+        for (int held = 0; held < HELD; ++held)
+            load<STORED>(tile.master_row(), tile.eight(held), value[held]);
+        Keys keys = keys_of(draw->seed);
+        noise.prepare(tile, name_word, keys);
+        noise.add(tile, name_word, keys, draw->coefficient, 0, value);
+#pragma unroll
+        for (int held = 0; held < HELD; ++held)
+            store<SERVED, true>(tile.live_row(), tile.eight(held), value[held]);
+    }
+}
+
+// Takes the steps, one after the other, and writes live, perturbed by the draw behind the steps'
+// if `num_thens` is 1.
+KERNEL update(
+    const Slice* __restrict__ slices,
+    const int* __restrict__ owners,
+    const Draw* __restrict__ draws,
+    const Step* __restrict__ steps,
+    int num_draws,
+    int num_thens,
+    const u32* __restrict__ magnitudes
+) {
+    const Slice* slice = slices + owners[this_program()];
+    Noise noise(magnitudes);
+    u32 name_word = u32(slice->name_word);
+    for (int round = 0; round < ROUNDS; ++round) {
+        int number = tile_number(slice, round);
+        if (number >= slice->num_tiles) return;
+        Tile tile = tile_of(slice, number);
+        float value[HELD][EIGHT], sum[HELD][EIGHT] = {};
+#pragma unroll
+        for (int held = 0; held < HELD; ++held)
+            load<STORED>(tile.master_row(), tile.eight(held), value[held]);
+        for (int i = 0; i < num_draws; ++i) {
+            if (i % GROUP == 0) {
+                int left = num_draws - i;
+                noise.prepare(tile, name_word, draws + i, left < GROUP ? left : GROUP);
+            }
+            Draw draw = draws[i];
+            noise.add(tile, name_word, keys_of(draw.seed), draw.coefficient, i % GROUP, sum);
+            if (draw.closing < 0) continue;
+            Step step = steps[draw.closing];
+#pragma unroll
+            for (int held = 0; held < HELD; ++held) {
+#pragma unroll
+                for (int j = 0; j < EIGHT; ++j) {
+                    value[held][j] = value[held][j] * step.decay + sum[held][j];
+                    sum[held][j] = 0.f;
+                }
+            }
+            if constexpr (STORED == BFLOAT16) {
+                u64 block[HELD];
+                tile.blocks(block);
+                round_stochastically(value, block, name_word, keys_of(step.number));
+            }
+        }
+#pragma unroll
+        for (int held = 0; held < HELD; ++held)
+            store<STORED, false>(tile.master_row(), tile.eight(held), value[held]);
+        if (num_thens) {
+            Draw then = draws[num_draws];
+            Keys keys = keys_of(then.seed);
+            noise.prepare(tile, name_word, keys);
+            noise.add(tile, name_word, keys, then.coefficient, 0, value);
+        }
+#pragma unroll
+        for (int held = 0; held < HELD; ++held)
+            store<SERVED, true>(tile.live_row(), tile.eight(held), value[held]);
+    }
+}
+
+// A step with one draw, and the perturbation that follows. As an argument of a kernel it lies in
+// constant memory, where instructions take keys from: none have to be made, or held in registers.
+struct Once {
+    Keys draw, step, then;
+    float coefficient, decay, then_coefficient;
+    int has_then;
+};
+
+// The same as `update`, for one draw.
+KERNEL update_once(
+    const Slice* __restrict__ slices,
+    const int* __restrict__ owners,
+    const Once once,
+    const u32* __restrict__ magnitudes
+) {
+    const Slice* slice = slices + owners[this_program()];
+    Noise noise(magnitudes);
+    u32 name_word = u32(slice->name_word);
+    for (int round = 0; round < ROUNDS; ++round) {
+        int number = tile_number(slice, round);
+        if (number >= slice->num_tiles) return;
+        Tile tile = tile_of(slice, number);
+        float value[HELD][EIGHT], sum[HELD][EIGHT] = {};
+#pragma unroll
+        for (int held = 0; held < HELD; ++held)
+            load<STORED>(tile.master_row(), tile.eight(held), value[held]);
+        noise.prepare(tile, name_word, once.draw);
+        noise.add(tile, name_word, once.draw, once.coefficient, 0, sum);
+#pragma unroll
+        for (int held = 0; held < HELD; ++held)
+#pragma unroll
+            for (int j = 0; j < EIGHT; ++j)
+                value[held][j] = value[held][j] * once.decay + sum[held][j];
+        if constexpr (STORED == BFLOAT16) {
+            u64 block[HELD];
+            tile.blocks(block);
+            round_stochastically(value, block, name_word, once.step);
+        }
+#pragma unroll
+        for (int held = 0; held < HELD; ++held)
+            store<STORED, false>(tile.master_row(), tile.eight(held), value[held]);
+        if (once.has_then) {
+            noise.prepare(tile, name_word, once.then);
+            noise.add(tile, name_word, once.then, once.then_coefficient, 0, value);
+        }
+#pragma unroll
+        for (int held = 0; held < HELD; ++held)
+            store<SERVED, true>(tile.live_row(), tile.eight(held), value[held]);
+    }
+}
+
+// Takes a step along low-rank noise. A tile is ROWS_A_TILE rows of 256 columns: what a lane reads
+// of a right factor serves all of them. Tiles that follow each other lie below each other.
+KERNEL low_rank_update(
+    const Slice* __restrict__ slices,
+    const int* __restrict__ owners,
+    const Draw* __restrict__ draws,
+    int num_draws,
+    float scale,
+    const Once once
+) {
+    const Slice* slice = slices + owners[this_program()];
+    i64 rows = slice->rows, columns = slice->columns;
+    int tiles_down = int((rows + ROWS_A_TILE - 1) / ROWS_A_TILE);
+    for (int round = 0; round < ROUNDS; ++round) {
+        int number = tile_number(slice, round);
+        if (number >= slice->num_tiles) return;
+        i64 first_row = i64(number % tiles_down) * ROWS_A_TILE;
+        i64 across = i64(number / tiles_down) * (32 * EIGHT);
+        for (int part = this_lane(); part < 32; part += LANES) {
+            // Of an unaligned row, what shares a block of rounding bits begins elsewhere.
+            Eight eight[ROWS_A_TILE];
+            u64 block[ROWS_A_TILE];
+            float value[ROWS_A_TILE][EIGHT], sum[ROWS_A_TILE][EIGHT] = {};
+#pragma unroll
+            for (int r = 0; r < ROWS_A_TILE; ++r) {
+                u64 row_index = u64(slice->start + (first_row + r) * slice->row_stride);
+                i64 skipped = ALIGNED ? 0 : i64(row_index % EIGHT);
+                i64 column = across + part * EIGHT - skipped;
+                eight[r] = {column, first_row + r < rows ? columns : 0};
+                block[r] = (row_index + u64(column)) / EIGHT;
+            }
+            for (int i = 0; i < num_draws; ++i) {
+                const float* left = in_global_memory(slice->left) + (i64(i) * rows + first_row) * RANK;
+                const float* right = in_global_memory(slice->right) + i64(i) * RANK * columns;
+                float u[ROWS_A_TILE][RANK], v[EIGHT], z[ROWS_A_TILE][EIGHT] = {};
+#pragma unroll
+                for (int r = 0; r < ROWS_A_TILE; ++r)
+                    if (eight[r].columns) load_factors(left + r * RANK, u[r]);
+#pragma unroll
+                for (int k = 0; k < RANK; ++k) {
+#pragma unroll
+                    for (int r = 0; r < ROWS_A_TILE; ++r) {
+                        if (r == 0 || !ALIGNED) load<FLOAT32>(right + k * columns, eight[r], v);
+#pragma unroll
+                        for (int j = 0; j < EIGHT; ++j) z[r][j] = z[r][j] + u[r][k] * v[j];
+                    }
+                }
+#pragma unroll
+                for (int r = 0; r < ROWS_A_TILE; ++r)
+#pragma unroll
+                    for (int j = 0; j < EIGHT; ++j)
+                        sum[r][j] = sum[r][j] + draws[i].coefficient * (z[r][j] * scale);
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS_A_TILE; ++r) {
+                void* row = row_of(slice->master, STORED, (first_row + r) * columns);
+                load<STORED>(row, eight[r], value[r]);
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS_A_TILE; ++r)
+#pragma unroll
+                for (int j = 0; j < EIGHT; ++j)
+                    value[r][j] = value[r][j] * once.decay + sum[r][j];
+            if constexpr (STORED == BFLOAT16)
+                round_stochastically(value, block, u32(slice->name_word), once.step);
+#pragma unroll
+            for (int r = 0; r < ROWS_A_TILE; ++r) {
+                void* row = row_of(slice->master, STORED, (first_row + r) * columns);
+                store<STORED, false>(row, eight[r], value[r]);
+                row = row_of(slice->live, SERVED, (first_row + r) * slice->live_stride);
+                store<SERVED, true>(row, eight[r], value[r]);
+            }
+        }
+    }
+}
+
+// Adds up each slice's checksum of the raw bits of its masters, or of its live values.
+KERNEL digest(const Slice* __restrict__ slices, const int* __restrict__ owners, u64* sums) {
+    const Slice* slice = slices + owners[this_program()];
+    constexpr Format FORMAT = DIGEST_LIVE ? SERVED : STORED;
+    u64 total = 0;
+    for (int round = 0; round < ROUNDS; ++round) {
+        int number = tile_number(slice, round);
+        if (number >= slice->num_tiles) break;
+        Tile tile = tile_of(slice, number);
+        void* row = DIGEST_LIVE ? tile.live_row() : tile.master_row();
+        for (int held = 0; held < HELD; ++held) {
+            Eight eight = tile.eight(held);
+            for (int j = 0; j < EIGHT; ++j) {
+                if (!eight.has(j)) continue;
+                i64 column = eight.column + j;
+                u64 bits = FORMAT == FLOAT32 ? static_cast<const u32*>(row)[column]
+                                             : static_cast<const u16*>(row)[column];
+                u64 mixed = (tile.index_of(held) + j) * 0x9E3779B97F4A7C15u
+                    + (bits + 1) * 0xD1B54A32D192ED03u;
+                mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9u;
+                mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EBu;
+                total += mixed ^ mixed >> 31;
+            }
+        }
+    }
+    total = sum_over_warp(total);
+    if (this_lane() == 0) add_to(sums + slice->number, total);
+}
