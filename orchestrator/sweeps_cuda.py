@@ -319,9 +319,7 @@ class DeviceKernels:
 
     def run(self, name: str, num_programs: int, arguments: Sequence[Any]) -> None:
         # cuda.core's own `launch` takes no structures.
-        values = [
-            ctypes.c_void_p(value) if isinstance(value, int) else value for value in arguments
-        ]
+        values = as_passed(arguments)
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = torch.cuda.current_stream().cuda_stream
         (result,) = driver.cuLaunchKernel(
@@ -335,6 +333,11 @@ class DeviceKernels:
         )
         if result != driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"launching {name}: {result.name}")
+
+
+def as_passed(arguments: Sequence[Any]) -> list[Any]:
+    """Arguments as C takes them: addresses become pointers."""
+    return [ctypes.c_void_p(value) if isinstance(value, int) else value for value in arguments]
 
 
 @cache

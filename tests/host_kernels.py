@@ -38,12 +38,10 @@ class HostKernels:
 
     def run(self, name: str, num_programs: int, arguments: Sequence[Any]) -> None:
         function = getattr(self._library, name)
-        passed = [
-            ctypes.c_void_p(value) if isinstance(value, int) else value for value in arguments
-        ]
+        values = sweeps_cuda.as_passed(arguments)
         for program in range(num_programs):
             self._library.choose(program)
-            function(*passed)
+            function(*values)
 
 
 class HostSweeps:
