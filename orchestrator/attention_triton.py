@@ -32,11 +32,14 @@ class Launch(NamedTuple):
 
 SHORT = Launch(rows=32, keys=32, warps=2, stages=1)
 LONG = Launch(rows=64, keys=64, warps=4, stages=2)
+FLOAT32 = Launch(rows=16, keys=16, warps=4, stages=1)  # larger tiles would not stay in registers
 LONGEST_SHORT = 64
 
 
-def launch_for(longest: int) -> Launch:
+def launch_for(longest: int, dtype: torch.dtype) -> Launch:
     """How to launch for sequences of at most so many tokens."""
+    if dtype is torch.float32:
+        return FLOAT32
     return SHORT if longest <= LONGEST_SHORT else LONG
 
 
@@ -66,7 +69,7 @@ def attend(
     outputs = torch.empty(
         num_tokens, num_heads, head_dim, dtype=queries.dtype, device=queries.device
     )
-    launch = launch or launch_for(longest)
+    launch = launch or launch_for(longest, queries.dtype)
     grid = (triton.cdiv(longest, launch.rows), num_heads, len(bounds) - 1)
     with torch.cuda.device_of(queries):
         _attend[grid](

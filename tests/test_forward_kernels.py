@@ -68,7 +68,7 @@ def check_attention(device: str, dtype: torch.dtype) -> None:
             for end, count in zip(accumulate(counts), counts, strict=True)
         )
         expected = reference_attention(queries, keys, values, scale=0.3)
-        for launch in (attention_triton.SHORT, attention_triton.LONG):
+        for launch in (attention_triton.SHORT, attention_triton.LONG, attention_triton.FLOAT32):
             outputs = attention_triton.attend(
                 queries, keys, values, bounds, max(LENGTHS), 0.3, launch
             )
