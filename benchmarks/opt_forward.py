@@ -3,12 +3,13 @@
     python -m benchmarks.opt_forward [SIZE ...]
 
 Both classes run in this process, turn by turn, so that what slows the machine slows both. A turn
-scores 16 sequences of 64 tokens. `forward` is the model alone; `call` is all of Engine.score.
+scores 16 sequences of 64 tokens. `forward` is the model alone, or the replay that stands for it;
+`call` is all of Engine.score.
 """
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,25 @@ DEFAULT_SIZES = ["125m", "1.3b", "13b"] if ON_GPU else ["125m"]
 
 
 class Timed:
-    """Stands in for an engine's runner, and keeps how long each of its forwards takes."""
+    """Stands in for an engine's runner or graphs, and keeps how long each forward takes."""
 
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
-        self.forwards: list[float] = []
+    def __init__(self, original: Any, forwards: list[float]) -> None:
+        self._original = original
+        self._forwards = forwards
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
+        return getattr(self._original, name)
 
     def forward(self, batch: Any) -> Any:
+        return self._timed(self._original.forward, batch)
+
+    def run(self, batch: Any) -> Any:
+        return self._timed(self._original.run, batch)
+
+    def _timed(self, call: Callable[[Any], Any], batch: Any) -> Any:
         started = now()
-        output = self._runner.forward(batch)
-        self.forwards.append(now() - started)
+        output = call(batch)
+        self._forwards.append(now() - started)
         return output
 
 
@@ -65,7 +72,14 @@ def registered(model_class: type) -> Iterator[None]:
         ModelRegistry.models["OPTForCausalLM"] = before
 
 
-def load(size: str, folder: Path, model_class: type, cuda_graphs: bool) -> Engine:
+def load(
+    size: str,
+    folder: Path,
+    model_class: type,
+    *,
+    cuda_graphs: bool = False,
+    score_graphs: bool = False,
+) -> Engine:
     SHAPES[f"opt-{size}"].config.save_pretrained(folder)
     with registered(model_class):
         engine = Engine(
@@ -75,6 +89,7 @@ def load(size: str, folder: Path, model_class: type, cuda_graphs: bool) -> Engin
             kv_tokens=4 * NUM_SEQUENCES * NUM_TOKENS,
             threads=NUM_THREADS,
             cuda_graphs=cuda_graphs,
+            score_graphs=score_graphs,
             load_format="dummy",
         )
     assert type(engine.model) is model_class
@@ -86,26 +101,30 @@ def measure(engines: dict[str, Engine], vocabulary: int) -> dict[str, tuple[floa
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, vocabulary, (NUM_SEQUENCES, NUM_TOKENS + 1), generator=generator)
     sequences, spans = tokens.tolist(), [(NUM_TOKENS, NUM_TOKENS + 1)] * NUM_SEQUENCES
-    runners = {}
+    taken_by: dict[str, list[float]] = {name: [] for name in engines}
     for name, engine in engines.items():
-        runners[name] = engine._runner = Timed(engine._runner)  # type: ignore[assignment]
+        attribute = "_runner" if engine._graphs is None else "_graphs"
+        setattr(engine, attribute, Timed(getattr(engine, attribute), taken_by[name]))
     calls = {
         name: lambda engine=engine: engine.score(sequences, spans)
         for name, engine in engines.items()
     }
     taken = medians(paired(calls, NUM_TURNS, NUM_WARMUPS))
-    forwards = medians({name: runner.forwards[NUM_WARMUPS:] for name, runner in runners.items()})
+    forwards = medians({name: times[NUM_WARMUPS:] for name, times in taken_by.items()})
     return {name: (1e3 * forwards[name], 1e3 * taken[name]) for name in engines}
 
 
 def compare(size: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         engines = {
-            "SGLang's opt.py": load(size, Path(folder), sglang_opt.OPTForCausalLM, False),
-            "ours": load(size, Path(folder), OPTForCausalLM, False),
+            "SGLang's opt.py": load(size, Path(folder), sglang_opt.OPTForCausalLM),
+            "ours": load(size, Path(folder), OPTForCausalLM),
         }
         if ON_GPU:
-            engines["ours, prefill graphs"] = load(size, Path(folder), OPTForCausalLM, True)
+            engines |= {
+                "ours, prefill graphs": load(size, Path(folder), OPTForCausalLM, cuda_graphs=True),
+                "ours, score graphs": load(size, Path(folder), OPTForCausalLM, score_graphs=True),
+            }
         times = measure(engines, SHAPES[f"opt-{size}"].config.vocab_size)
     base = times["SGLang's opt.py"]
     for name, (forward, call) in times.items():

@@ -34,9 +34,30 @@ from transformers import OPTConfig
 from transformers.activations import ACT2FN
 
 from orchestrator.config import ConfigError
+from orchestrator.norm_triton import add_layer_norm
 from orchestrator.tensor_map import FUSED, TensorNames, shards
 
 NUM_NAMES_SHOWN = 4
+
+
+class OPTNorm(nn.LayerNorm):
+    """Layer norm of what a block has added to; on a GPU, the addition is made on the way."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__(
+            config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine
+        )
+
+    def added(
+        self, hidden_states: torch.Tensor, update: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden_states + update, or the former alone, and the norm of that."""
+        if update is None:
+            return hidden_states, self(hidden_states)
+        if hidden_states.is_cuda and not torch.compiler.is_compiling():
+            return add_layer_norm(hidden_states, update, self.weight, self.bias, self.eps)
+        summed = hidden_states + update
+        return summed, self(summed)
 
 
 class OPTAttention(nn.Module):
@@ -90,7 +111,7 @@ class OPTDecoderLayer(nn.Module):
         self.self_attn = OPTAttention(
             config, layer_id, quant_config, add_prefix("self_attn", prefix)
         )
-        self.self_attn_layer_norm = _layer_norm(config)
+        self.self_attn_layer_norm = OPTNorm(config)
         self.fc1 = ColumnParallelLinear(
             config.hidden_size,
             config.ffn_dim,
@@ -99,6 +120,8 @@ class OPTDecoderLayer(nn.Module):
             prefix=add_prefix("fc1", prefix),
         )
         self.activation_fn = ACT2FN[config.activation_function]
+        if isinstance(self.activation_fn, nn.ReLU):
+            self.activation_fn.inplace = True  # nobody else has what fc1 has put out
         self.fc2 = RowParallelLinear(
             config.ffn_dim,
             config.hidden_size,
@@ -106,16 +129,27 @@ class OPTDecoderLayer(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("fc2", prefix),
         )
-        self.final_layer_norm = _layer_norm(config)
+        self.final_layer_norm = OPTNorm(config)
 
-    def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, update: torch.Tensor | None, forward_batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states, in two parts: `update` is still to be added, by whichever norm is next.
+
+        There is none behind a layer that ends in a norm.
+        """
         if self.norm_first:
-            attended = self.self_attn(self.self_attn_layer_norm(hidden_states), forward_batch)
-            hidden_states = hidden_states + attended
-            return hidden_states + self._feed_forward(self.final_layer_norm(hidden_states))
+            hidden_states, normed = self.self_attn_layer_norm.added(hidden_states, update)
+            attended = self.self_attn(normed, forward_batch)
+            hidden_states, normed = self.final_layer_norm.added(hidden_states, attended)
+            return hidden_states, self._feed_forward(normed)
+        if update is not None:
+            hidden_states = hidden_states + update
         attended = self.self_attn(hidden_states, forward_batch)
-        hidden_states = self.self_attn_layer_norm(hidden_states + attended)
-        return self.final_layer_norm(hidden_states + self._feed_forward(hidden_states))
+        _, hidden_states = self.self_attn_layer_norm.added(hidden_states, attended)
+        output = self._feed_forward(hidden_states)
+        _, hidden_states = self.final_layer_norm.added(hidden_states, output)
+        return hidden_states, None
 
     def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner, _ = self.fc1(hidden_states)
@@ -156,9 +190,9 @@ class OPTDecoder(nn.Module):
             for layer_id in range(config.num_hidden_layers)
         )
         # Models fine-tuned with transformers before 4.20.1 lack the last norm, and say so.
-        self.final_layer_norm: nn.Module | None = None
+        self.final_layer_norm: OPTNorm | None = None
         if config.do_layer_norm_before and not config._remove_final_layer_norm:
-            self.final_layer_norm = _layer_norm(config)
+            self.final_layer_norm = OPTNorm(config)
 
     def forward(
         self,
@@ -170,11 +204,13 @@ class OPTDecoder(nn.Module):
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
         if self.project_in is not None:
             hidden_states, _ = self.project_in(hidden_states)
-        hidden_states = hidden_states + self.embed_positions(positions + self.POSITION_OFFSET)
+        update: torch.Tensor | None = self.embed_positions(positions + self.POSITION_OFFSET)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, forward_batch)
+            hidden_states, update = layer(hidden_states, update, forward_batch)
         if self.final_layer_norm is not None:
-            hidden_states = self.final_layer_norm(hidden_states)
+            _, hidden_states = self.final_layer_norm.added(hidden_states, update)
+        elif update is not None:
+            hidden_states = hidden_states + update
         if self.project_out is not None:
             hidden_states, _ = self.project_out(hidden_states)
         return hidden_states

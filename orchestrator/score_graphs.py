@@ -28,6 +28,7 @@ from orchestrator.adapter_kernels_triton import (
     cut_rows,
 )
 from orchestrator.adapters import AdapterSlots
+from orchestrator.score_attention import UncachedAttention
 from orchestrator.score_plan import PlanBatch
 
 MAX_TOKENS = 4096  # larger batches keep a GPU busy without a graph
@@ -90,7 +91,8 @@ class ScoreGraphs:
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.popitem(last=False)
             with self._built(shape) as forward_batch:
-                # Nobody reads these keys and values: all go to SGLang's slot for padding.
+                # Nobody reads these keys and values: where a layer writes them nevertheless, all
+                # go to SGLang's slot for padding.
                 forward_batch.out_cache_loc = torch.full_like(
                     forward_batch.out_cache_loc, PADDING_ENTRY
                 )
@@ -119,17 +121,17 @@ class ScoreGraph:
         self._tokens = torch.zeros_like(self._rows)
         self._adapters = None if slots is None else _StaticAdapters(slots, shape)
         self._written: PlanBatch | None = None
-        attention = model_runner.attn_backend
-        attention.init_forward_metadata(batch)
+        backend = model_runner.attn_backend
+        backend.init_forward_metadata(batch)
         # The backend's own buffers are every batch's; a graph's must be its own.
-        planned = attention.forward_metadata
+        planned = backend.forward_metadata
         self._metadata = replace(
             planned,
             max_extend_len=shape.longest,
             qo_indptr=planned.qo_indptr.clone(),
             kv_indptr=planned.kv_indptr.clone(),
         )
-        attention.forward_metadata = self._metadata
+        attention = UncachedAttention(backend, self._metadata)
         self._graph = torch.cuda.CUDAGraph()
         self._capture(model_runner, head, attention, pool)
 

@@ -104,6 +104,8 @@ enum Format { NOTHING, FLOAT32, BFLOAT16, FLOAT16 };
 #define ALIGNED 0          // whether all rows begin with a block of words, and are whole vectors
 #define RANK 4             // of low-rank noise
 #define ROWS_A_TILE 4      // of low-rank noise
+#define TILES_DOWN 8       // tiles of low-rank noise that lie below each other
+#define ONE_DRAW 0         // of low-rank noise: whether there is one draw
 #define WARPS 1            // of a program
 #define ROUNDS 2           // tiles of a warp
 #define CHUNKS 4           // eights of elements that a lane holds, were there 32 lanes
@@ -598,7 +600,8 @@ KERNEL update_once(
 }
 
 // Takes a step along low-rank noise. A tile is ROWS_A_TILE rows of 256 columns: what a lane reads
-// of a right factor serves all of them. Tiles that follow each other lie below each other.
+// of a right factor serves all of them. The tiles of a program's warps lie below each other, so
+// that they share right factors in the cache; what follows lies beside them, as in memory.
 KERNEL low_rank_update(
     const Slice* __restrict__ slices,
     const int* __restrict__ owners,
@@ -609,12 +612,14 @@ KERNEL low_rank_update(
 ) {
     const Slice* slice = slices + owners[this_program()];
     i64 rows = slice->rows, columns = slice->columns;
-    int tiles_down = int((rows + ROWS_A_TILE - 1) / ROWS_A_TILE);
+    int tiles_a_band = int(slice->tiles_a_row) * TILES_DOWN;
     for (int round = 0; round < ROUNDS; ++round) {
         int number = tile_number(slice, round);
         if (number >= slice->num_tiles) return;
-        i64 first_row = i64(number % tiles_down) * ROWS_A_TILE;
-        i64 across = i64(number / tiles_down) * (32 * EIGHT);
+        int band = number / tiles_a_band, place = number % tiles_a_band;
+        i64 first_row = (i64(band) * TILES_DOWN + place % TILES_DOWN) * ROWS_A_TILE;
+        i64 across = i64(place / TILES_DOWN) * (32 * EIGHT);
+        if (first_row >= rows) continue;
         for (int part = this_lane(); part < 32; part += LANES) {
             // Of an unaligned row, what shares a block of rounding bits begins elsewhere.
             Eight eight[ROWS_A_TILE];
@@ -627,9 +632,12 @@ KERNEL low_rank_update(
                 i64 column = across + part * EIGHT - skipped;
                 eight[r] = {column, first_row + r < rows ? columns : 0};
                 block[r] = (row_index + u64(column)) / EIGHT;
+                void* row = row_of(slice->master, STORED, (first_row + r) * columns);
+                load<STORED>(row, eight[r], value[r]);
             }
-            for (int i = 0; i < num_draws; ++i) {
-                const float* left = in_global_memory(slice->left) + (i64(i) * rows + first_row) * RANK;
+            for (int i = 0; i < (ONE_DRAW ? 1 : num_draws); ++i) {
+                const float* left =
+                    in_global_memory(slice->left) + (i64(i) * rows + first_row) * RANK;
                 const float* right = in_global_memory(slice->right) + i64(i) * RANK * columns;
                 float u[ROWS_A_TILE][RANK], v[EIGHT], z[ROWS_A_TILE][EIGHT] = {};
 #pragma unroll
@@ -649,11 +657,6 @@ KERNEL low_rank_update(
 #pragma unroll
                     for (int j = 0; j < EIGHT; ++j)
                         sum[r][j] = sum[r][j] + draws[i].coefficient * (z[r][j] * scale);
-            }
-#pragma unroll
-            for (int r = 0; r < ROWS_A_TILE; ++r) {
-                void* row = row_of(slice->master, STORED, (first_row + r) * columns);
-                load<STORED>(row, eight[r], value[r]);
             }
 #pragma unroll
             for (int r = 0; r < ROWS_A_TILE; ++r)

@@ -141,20 +141,23 @@ class Tiling(NamedTuple):
 
 # The fastest of some that were tried on an H200.
 PERTURB: dict[NoiseKind, Tiling] = {
-    "gaussian": Tiling(GAUSSIAN_BLOCK, warps=8, rounds=4, chunks=4),
-    "rademacher": Tiling(RADEMACHER_BLOCK, warps=8, rounds=4, chunks=4),
+    "gaussian": Tiling(GAUSSIAN_BLOCK, warps=8, rounds=4, chunks=2),
+    "rademacher": Tiling(RADEMACHER_BLOCK, warps=8, rounds=4, chunks=2),
 }
 UPDATE: dict[NoiseKind, Tiling] = {
-    "gaussian": Tiling(GAUSSIAN_BLOCK, warps=8, rounds=4, chunks=2),
-    "rademacher": Tiling(RADEMACHER_BLOCK, warps=8, rounds=4, chunks=4),
+    "gaussian": Tiling(GAUSSIAN_BLOCK, warps=8, rounds=8, chunks=4),
+    "rademacher": Tiling(RADEMACHER_BLOCK, warps=4, rounds=8, chunks=4),
 }
-UPDATE_ONCE: dict[NoiseKind, Tiling] = {
-    "gaussian": Tiling(GAUSSIAN_BLOCK, warps=8, rounds=8, chunks=2),
-    "rademacher": Tiling(RADEMACHER_BLOCK, warps=8, rounds=4, chunks=4),
+# By the master's format too: rounding takes instructions, and 32 bits take bandwidth.
+UPDATE_ONCE: dict[tuple[NoiseKind, torch.dtype], Tiling] = {
+    ("gaussian", torch.float32): Tiling(GAUSSIAN_BLOCK, warps=8, rounds=2, chunks=2),
+    ("gaussian", torch.bfloat16): Tiling(GAUSSIAN_BLOCK, 4, rounds=16, chunks=4, resident=5),
+    ("rademacher", torch.float32): Tiling(RADEMACHER_BLOCK, warps=8, rounds=2, chunks=2),
+    ("rademacher", torch.bfloat16): Tiling(RADEMACHER_BLOCK, 8, rounds=8, chunks=2, resident=5),
 }
 DIGEST = Tiling(GAUSSIAN_BLOCK, warps=8, rounds=4, chunks=4)
 # Tiles of low-rank noise span rows: what is read of a right factor serves all of them.
-LOW_RANK = Tiling(GAUSSIAN_BLOCK, warps=4, rounds=4, chunks=1, rows=4)
+LOW_RANK = Tiling(GAUSSIAN_BLOCK, warps=8, rounds=4, chunks=1, rows=4)
 
 
 class Variant(NamedTuple):
@@ -215,13 +218,13 @@ class Table:
     def update(
         self, kind: NoiseKind, updates: Sequence[StepUpdate], then: Draw | None = None
     ) -> None:
-        masters(self._slices)
+        stored = {master.dtype for master in masters(self._slices)}
         check_counts(updates)
         draws = [draw for update in updates for draw in _draws(update)]
         magnitudes = _magnitudes(self._device).data_ptr()
-        if len(draws) == 1:
-            once = Once(updates[0], draws[0], then)
-            for launched in self._cut(UPDATE_ONCE[kind], GAUSSIAN=int(kind == "gaussian")):
+        if len(draws) == len(stored) == 1:
+            once, tiling = Once(updates[0], draws[0], then), UPDATE_ONCE[kind, stored.pop()]
+            for launched in self._cut(tiling, GAUSSIAN=int(kind == "gaussian")):
                 launched.run("update_once", once, magnitudes)
             return
         thens = [] if then is None else [then]
@@ -243,7 +246,7 @@ class Table:
         for rank in ranks:
             scale = ctypes.c_float(float(low_rank_scale(rank)))
             count = ctypes.c_int32(len(draws))
-            for launched in self._cut(LOW_RANK, RANK=rank):
+            for launched in self._cut(LOW_RANK, RANK=rank, ONE_DRAW=int(len(draws) == 1)):
                 self._point_at(launched, factors)
                 launched.run("low_rank_update", numbers.data_ptr(), count, scale, once)
 
@@ -364,6 +367,8 @@ def _macros(
         "ROWS_A_TILE": tiling.rows,
         "GAUSSIAN": 1,
         "RANK": 1,
+        "TILES_DOWN": tiling.warps,
+        "ONE_DRAW": 0,
         "DIGEST_LIVE": 0,
     }
     return tuple((name, str(value)) for name, value in (values | others).items())
@@ -417,6 +422,8 @@ def _described(part: Slice, tiling: Tiling, aligned: bool) -> tuple[list[int], i
     rows, columns = _shape(part, tiling)
     reach = columns if aligned else columns + tiling.block - 1  # a tile may begin before its row
     across, down = -(-reach // tiling.columns), -(-rows // tiling.rows)
+    if tiling.rows > 1:  # whole bands of tiles, one below the other
+        down = -(-down // tiling.warps) * tiling.warps
     fields = [0] * NUM_FIELDS
     fields[Field.MASTER] = 0 if part.master is None else part.master.data_ptr()
     fields[Field.LIVE] = part.live.data_ptr()

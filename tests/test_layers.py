@@ -8,11 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
     {"config", "records", "environment", "output"},
-    {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"},
+    {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
+    | {"attention_triton", "norm_triton"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
-    | {"prefix_slots"},
+    | {"prefix_slots", "score_attention"},
     {"score_graphs"},
     {"engine", "sglang_models", "export"},
     {"space"},
@@ -28,8 +29,8 @@ LAYERS = [
 OWNERS = {
     "ray": {"actors"},
     "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
-    | {"score_graphs"},
-    "triton": {"adapter_kernels_triton"},
+    | {"score_graphs", "score_attention"},
+    "triton": {"adapter_kernels_triton", "attention_triton", "norm_triton"},
     "cuda": {"sweeps_cuda"},
     "numba": {"sweeps_numba", "replica"},
     "torch": {
@@ -46,7 +47,7 @@ OWNERS = {
     }
     | {"sweeps_cuda", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"}
     | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
-    | {"score_graphs"},
+    | {"score_graphs", "score_attention", "attention_triton", "norm_triton"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(

@@ -1,0 +1,171 @@
+"""Attention in short sequences, and layer norm behind a sum, against plain float64, interpreted.
+
+Triton reads TRITON_INTERPRET when it is first imported, and other tests import it too, so checks
+that launch kernels run in processes of their own, which call this module. On a GPU, tests/gpu calls
+them without the interpreter.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm
+
+
+class Heads(NamedTuple):
+    queries: int
+    keys: int
+    dim: int
+
+
+LENGTHS = (23, 1, 64, 40, 7, 129, 32)
+LAYOUTS = (Heads(3, 3, 128), Heads(4, 2, 64), Heads(3, 1, 80), Heads(2, 2, 96), Heads(6, 2, 16))
+COLUMNS = (64, 5120, 769)
+EPS = 1e-5
+# Relative and absolute.
+TOLERANCES = {
+    torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (2e-2, 2e-2),
+    torch.float16: (2e-3, 2e-3),
+}
+
+
+def reference_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Of LENGTHS, float64 [tokens, heads, head_dim]."""
+    group = queries.shape[1] // keys.shape[1]
+    parts = (queries, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1))
+    outputs = []
+    for end, length in zip(accumulate(LENGTHS), LENGTHS, strict=True):
+        query, key, value = (part[end - length : end].double().transpose(0, 1) for part in parts)
+        scores = scale * query @ key.transpose(1, 2)
+        hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        outputs.append((weights @ value).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def check_attention(device: str, dtype: torch.dtype) -> None:
+    """All layouts of heads, as slices of wider rows with NaN around them, all launches."""
+    from orchestrator import attention_triton  # noqa: PLC0415  see this module's docstring
+
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, *accumulate(LENGTHS)], device=device)
+    for heads in LAYOUTS:
+        counts = (heads.queries, heads.keys, heads.keys)
+        wide = torch.full((sum(LENGTHS) + 1, sum(counts) + 1, heads.dim), float("nan"))
+        wide[:-1, :-1] = torch.randn(sum(LENGTHS), sum(counts), heads.dim)
+        inner = wide.to(device, dtype)[:-1]
+        queries, keys, values = (
+            inner[:, end - count : end]
+            for end, count in zip(accumulate(counts), counts, strict=True)
+        )
+        expected = reference_attention(queries, keys, values, scale=0.3)
+        for launch in (attention_triton.SHORT, attention_triton.LONG, attention_triton.FLOAT32):
+            outputs = attention_triton.attend(
+                queries, keys, values, bounds, max(LENGTHS), 0.3, launch
+            )
+            assert outputs.dtype is dtype
+            relative, absolute = TOLERANCES[dtype]
+            torch.testing.assert_close(outputs.double(), expected, rtol=relative, atol=absolute)
+
+
+def check_norm(device: str, dtype: torch.dtype) -> None:
+    """The sum's exact bits, and the norm of these, with and without weight and bias."""
+    from orchestrator import norm_triton  # noqa: PLC0415  see this module's docstring
+
+    torch.manual_seed(0)
+    for columns in COLUMNS:
+        rows, update = ((3 * torch.randn(5, columns) + 2).to(device, dtype) for _ in range(2))
+        weight, bias = (torch.randn(columns).to(device, dtype) for _ in range(2))
+        for scales, moves in ((weight, bias), (weight, None), (None, None)):
+            summed, normed = norm_triton.add_layer_norm(rows, update, scales, moves, EPS)
+            assert torch.equal(summed, rows + update)
+            expected = layer_norm(summed.double(), (columns,), eps=EPS)
+            expected = expected if scales is None else expected * scales.double()
+            expected = expected if moves is None else expected + moves.double()
+            relative, absolute = TOLERANCES[dtype]
+            torch.testing.assert_close(normed.double(), expected, rtol=relative, atol=absolute)
+
+
+def check_interpreted() -> None:
+    check_attention("cpu", torch.float32)
+    check_attention("cpu", torch.float16)
+    check_norm("cpu", torch.float32)
+    check_norm("cpu", torch.float16)
+
+
+def check_compiles() -> None:
+    """For sm_90, without a device: tensor cores, and memory in vectors of 16 bytes."""
+    import triton  # noqa: PLC0415  only this process may import it
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    from orchestrator import attention_triton, norm_triton  # noqa: PLC0415
+
+    def ptx(
+        kernel: Any, types: dict[str, str], warps: int, stages: int, **constants: object
+    ) -> str:
+        signature = types | dict.fromkeys(constants, "constexpr")
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(kernel.arg_names)
+            if types.get(name, "")[:1] in ("*", "i")
+        }
+        options = {"num_warps": warps, "num_stages": stages}
+        source = ASTSource(kernel, signature, constants, aligned)
+        return str(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"])
+
+    types = dict.fromkeys(("queries", "keys", "values", "outputs"), "*bf16")
+    types |= {"bounds": "*i64", "scale": "fp32"}
+    types |= {name: "i32" for name in attention_triton._attend.arg_names if "stride" in name}
+    for launch in (attention_triton.SHORT, attention_triton.LONG):
+        for dim, padded in ((128, 128), (80, 128), (64, 64)):
+            text = ptx(
+                attention_triton._attend,
+                types,
+                launch.warps,
+                launch.stages,
+                HEADS=40,
+                GROUP=1,
+                HEAD_DIM=dim,
+                PADDED_DIM=padded,
+                BLOCK_ROWS=launch.rows,
+                BLOCK_KEYS=launch.keys,
+            )
+            assert "mma" in text and "st.global.v4" in text
+            assert "ld.global.v4" in text or "cp.async.cg.shared.global" in text
+            assert "ld.global.b16" not in text and "st.global.b16" not in text
+    types = dict.fromkeys(("rows", "update", "weight", "bias", "summed", "normed"), "*bf16")
+    text = ptx(norm_triton._add_layer_norm, types | {"eps": "fp32"}, 8, 1, COLUMNS=5120, BLOCK=8192)
+    assert "ld.global.v4" in text and "st.global.v4" in text
+    assert "ld.global.b16" not in text and "st.global.b16" not in text
+
+
+def _run_alone(check: Callable[[], None], **environment: str) -> None:
+    here = Path(__file__).parent
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    search_path = os.pathsep.join([str(here), str(here.parent)])
+    finished = subprocess.run(
+        [sys.executable, "-c", f"import {Path(__file__).stem} as t; t.{check.__name__}()"],
+        env=inherited | {"PYTHONPATH": search_path} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.slow
+def test_kernels_are_what_they_stand_for() -> None:
+    _run_alone(check_interpreted, TRITON_INTERPRET="1")
+
+
+def test_kernels_compile_for_cuda(tmp_path: Path) -> None:
+    _run_alone(check_compiles, TRITON_CACHE_DIR=str(tmp_path))
