@@ -11,10 +11,11 @@ LAYERS = [
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"},
     {"noise_triton"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
-    | {"evaluate", "metrics", "dist_patch", "adapter_kernels"},
+    | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_triton"}
     | {"prefix_slots"},
-    {"score_graphs"},
+    {"score_graphs", "pools"},
+    {"generation"},
     {"engine", "sglang_models", "export"},
     {"space"},
     {"slotted"},
@@ -29,7 +30,7 @@ LAYERS = [
 OWNERS = {
     "ray": {"actors"},
     "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
-    | {"score_graphs"},
+    | {"score_graphs", "pools", "generation"},
     "triton": {"adapter_kernels_triton", "noise_triton", "sweeps_triton"},
     "numba": {"sweeps_numba", "replica"},
     "torch": {
@@ -46,7 +47,7 @@ OWNERS = {
     }
     | {"sweeps_triton", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"}
     | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
-    | {"score_graphs"},
+    | {"score_graphs", "pools", "generation", "sampling"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(
