@@ -8,29 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from bare import make_adapter
-from conftest import DEVICE, VOCABULARY, recorded
+from conftest import VOCABULARY, recorded
+from slots import adapted_engine, prefixed_engine, random_prompts
 from transformers import AutoModelForCausalLM
 
-from orchestrator.adapters import AdapterPlan
 from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
-from orchestrator.noise import uniform
-from orchestrator.prefix_slots import PrefixPlan
 from orchestrator.sampling import Sampling
 
 Engines = Callable[[str], Engine]
 FAMILIES = ["opt", "llama", "qwen3"]
-MODULES = ["q_proj", "v_proj"]
 WORDS = list(VOCABULARY)
-
-
-def random_prompts(seed: int, count: int, longest: int = 20) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [
-        [draw.randrange(3, len(VOCABULARY)) for _ in range(draw.randint(1, longest))]
-        for _ in range(count)
-    ]
 
 
 def text_of(tokens: Sequence[int]) -> str:
@@ -49,45 +37,9 @@ def expected_tokens(
     return continuation[:-1] if continuation[-1] == eos else continuation
 
 
-def adapted(folder: Path, root: Path, kv_tokens: int) -> tuple[Engine, list[Any]]:
-    """An engine with two slots in use, and PEFT's models of the base and of both adapters."""
-    plan = AdapterPlan(num_slots=2, rank=4, scaling=2.0, modules=tuple(MODULES))
-    engine = Engine(
-        str(folder),
-        dtype="float32",
-        device=DEVICE,
-        kv_tokens=kv_tokens,
-        threads=2,
-        adapters=plan,
-    )
-    assert engine.slots is not None
-    models: list[Any] = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)]
-    for number in range(2):
-        model = make_adapter(folder, root / f"adapter {number}", MODULES, seed=number)
-        state = model.state_dict()
-        for factor in engine.slots.factors:
-            name = "base_model.model." + factor.name.replace(".weight", ".default.weight")
-            factor.views[number].copy_(state[name])
-        models.append(model)
-    return engine, models
-
-
 @pytest.fixture(scope="module")
 def prefixed(model_folders: dict[str, Path]) -> Iterator[Engine]:
-    """An engine with two prefix slots, whose keys and values are random."""
-    engine = Engine(
-        str(model_folders["llama"]),
-        dtype="float32",
-        device=DEVICE,
-        kv_tokens=128,
-        threads=2,
-        prefixes=PrefixPlan(num_slots=2, num_tokens=5),
-    )
-    assert engine.prefixes is not None
-    for tensor in engine.prefixes.tensors:
-        for number, view in enumerate(tensor.views):
-            values = torch.from_numpy(uniform(number, tensor.name, view.numel()))
-            view.copy_((4 * values - 2).view(view.shape))
+    engine = prefixed_engine(model_folders["llama"], kv_tokens=128)
     yield engine
     engine.close()
 
@@ -127,7 +79,7 @@ def test_greedy_tokens_under_adapters_equal_peft(
     family: str, kv_tokens: int, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Each prompt under both adapters and none, in one call."""
-    engine, models = adapted(model_folders[family], tmp_path, kv_tokens)
+    engine, models = adapted_engine(model_folders[family], tmp_path, kv_tokens=kv_tokens)
     assert engine.slots is not None
     free = engine.free_slots()
     prompts = random_prompts(seed=1, count=6)
@@ -171,7 +123,7 @@ def test_draws_do_not_depend_on_company_or_pool(
     names: Sequence[str | None] = [None]
     engine = engines("llama")
     if kind == "adapters":
-        engine, _ = adapted(model_folders["llama"], tmp_path, kv_tokens=100)
+        engine, _ = adapted_engine(model_folders["llama"], tmp_path, kv_tokens=100)
         assert engine.slots is not None
         names = engine.slots.names
     elif kind == "prefixes":
