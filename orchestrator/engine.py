@@ -293,10 +293,12 @@ class Engine:
         looked up and kept under that name, as by `score`; without one nothing stays.
 
         With a temperature, `seeds` has an integer in [0, 2**64) a prompt, the same under all
-        adapters. The number that draws a row's token t is a pure function of its seed and t, so
-        what is drawn does not depend on what else is in the call, nor on the pool's size. Logits
-        may, in their last bits, since kernels add in other orders for other batches: where two
-        tokens are as good as equally likely, or a number falls between two to that precision,
+        adapters: both signs of a pair draw by the same numbers, and samples of one prompt need
+        seeds of their own. The number that draws a row's token t is a pure function of its seed
+        and t, so what is drawn does not depend on what else is in the call, nor on the pool's
+        size. Logits may, in their last bits, since kernels add in other orders for batches of
+        other shapes, and a branch's first token is computed by other kernels than a step: where
+        two tokens are as good as equally likely, or a number falls between two to that precision,
         another may be taken, and all after it differ.
 
         Raises ValueError for an empty prompt and for what is missing, ConfigError for a prompt

@@ -172,8 +172,8 @@ class Generation:
             if isinstance(entrant, Stem):
                 length = len(entrant.prompt)
                 if entrant.is_shared:
-                    for row in entrant.rows:
-                        whole += self._room(row)
+                    count = len(entrant.rows)
+                    whole += Room(count * self._sampling.max_new_tokens, count)
             must_enter = not self._inside and not entrants
             if not must_enter and not left.holds(whole):
                 break

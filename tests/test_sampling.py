@@ -8,8 +8,8 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from orchestrator.sampling import UNDEFINED, Sampling, Transcript, choose, continuation
 
-GRID = 40_000
-VOCABULARY = 300
+GRID = 4000
+VOCABULARY = 100
 
 
 def some_logits(rows: int) -> torch.Tensor:
