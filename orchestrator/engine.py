@@ -1,13 +1,11 @@
-"""The engine: the only owner of a runner and its RadixCache.
+"""The engine: the only owner of a runner and its pools.
 
 Loads a model, scores spans of token sequences, continues prompts, and gives every slot back. Knows
 token ids and log-probabilities; knows nothing of text, options, losses, perturbations or Ray.
 `dist_patch.apply()` must have run before this module is imported.
 """
 
-import itertools
-from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,29 +15,30 @@ import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessorOutput
-from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.registry import ModelRegistry
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import nn
 
 from orchestrator.adapter_kernels import SegmentBackend
 from orchestrator.adapters import AdapterPlan, AdapterSlots
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
+from orchestrator.generation import Generation
+from orchestrator.pools import Pools
 from orchestrator.prefix_slots import PrefixPlan, PrefixSlots
 from orchestrator.runner import ALONE, Runner, World
+from orchestrator.sampling import Continuation, Decode, Sampling
 from orchestrator.score_graphs import TOKEN_STEP, ScoreGraphs, Shape
 from orchestrator.score_plan import PlanBatch, Row, ScorePlan, Scores
 
 MAX_BATCH_SEQUENCES = 256
+# Rows that a decoding graph is for. A step reads all weights, so padding costs next to nothing, and
+# every graph costs start time.
+DECODE_GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MAX_BATCH_SEQUENCES)
 MAX_ROWS_PER_SOFTMAX = 1024  # bounds the float32 logits that exist at one time
 FALLBACK_CLASSES = "Transformers"  # how SGLang's names for transformers' own models begin
-VIRTUAL_TOKEN = 0  # holds the place of a prefix slot's; never computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +124,8 @@ class Engine:
 
         `model_path` is a folder in Hugging Face's layout; `device` "cpu" or "cuda"; `kv_tokens`
         the size of the KV pool; `load_format` "auto", or "dummy" for random weights. On a GPU
-        `cuda_graphs` captures SGLang's graphs at once, for decoding, and `score_graphs` ours, each
-        when its shape is first scored. `quantization` is as SGLang names it; `adapters` and
+        `cuda_graphs` captures SGLang's graphs at once, for `generate`, and `score_graphs` ours,
+        each when its shape is first scored. `quantization` is as SGLang names it; `adapters` and
         `prefixes` are the slots to make room for.
         Raises ConfigError for a checkpoint that does not fit the model, and, unless
         `allow_fallback`, where SGLang has no implementation of the architecture.
@@ -146,6 +145,7 @@ class Engine:
             attention_backend="torch_native" if on_cpu else "triton",
             sampling_backend="pytorch",
             disable_cuda_graph=on_cpu or not cuda_graphs,
+            cuda_graph_bs_decode=list(DECODE_GRAPHS),
             disable_overlap_schedule=True,
             max_total_tokens=kv_tokens + margin,
             quantization=quantization,
@@ -171,20 +171,8 @@ class Engine:
             self.prefixes = PrefixSlots(runner, prefixes, world.rank, world.size)
         self._head = ScoringHead(self.model.logits_processor)
         self.model.logits_processor = self._head
-        self._allocator = runner.token_to_kv_pool_allocator
-        self._requests = runner.req_to_token_pool
-        self._cache = RadixCache(
-            CacheInitParams(
-                disable=False,
-                req_to_token_pool=self._requests,
-                token_to_kv_pool_allocator=self._allocator,
-                page_size=1,
-            )
-        )
+        self._pools = Pools(runner, self.prefixes, margin)
         self._graphs = self._make_graphs() if score_graphs and not on_cpu else None
-        self._kv_tokens = self._allocator.available_size() - margin
-        self._max_sequences = len(self._requests.free_slots)  # SGLang lowers it to suit the pool
-        self._request_ids = itertools.count()
 
     def _make_graphs(self) -> ScoreGraphs | None:
         """Graphs for scoring, where the model's forward is one that they can hold."""
@@ -211,17 +199,21 @@ class Engine:
         """Longest sequence, in tokens, that a call may score, behind a prefix if there are any."""
         num_virtual = self.prefixes.num_tokens if self.prefixes else 0
         context = self._runner.model_runner.model_config.context_len - num_virtual
-        return int(min(context, self._kv_tokens))
+        return int(min(context, self.kv_tokens))
 
     @property
     def kv_tokens(self) -> int:
         """Size of the KV pool, in tokens, without the entries of prefix slots."""
-        return int(self._kv_tokens)
+        return self._pools.kv_tokens
 
     def free_slots(self) -> tuple[int, int]:
         """KV slots (tokens) and request slots that are free or held by evictable entries."""
-        kv = self._allocator.available_size() + self._cache.evictable_size()
-        return int(kv), len(self._requests.free_slots)
+        return self._pools.free()
+
+    @property
+    def eos_tokens(self) -> frozenset[int]:
+        """The tokens that the model's own configuration ends a text with."""
+        return frozenset(self._runner.model_runner.model_config.hf_eos_token_id or ())
 
     @torch.no_grad()
     def score(
@@ -286,72 +278,72 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_tokens: Collection[int] = (),
-    ) -> list[list[int]]:
-        """Continue each prompt by its most likely tokens, one after the other.
+        sampling: Sampling,
+        *,
+        adapters: Sequence[str | None] = (None,),
+        seeds: Sequence[int] | None = None,
+        decode: Decode | None = None,
+        namespace: str | None = None,
+    ) -> list[Continuation]:
+        """Continue each prompt, under each of the `adapters`, by greedy or drawn tokens.
 
-        A continuation ends before the first of `stop_tokens` in it. Nothing is reused from the KV
-        pool, and nothing stays. Raises ValueError for an empty prompt, ConfigError for what does
-        not fit the KV pool.
+        The answer has the first adapter's continuations, then those of the second, and so on. A
+        prompt may be asked several times, for several samples: it is computed once an adapter.
+        `decode` gives text, and is needed for stop strings. With a `namespace`, KV entries are
+        looked up and kept under that name, as by `score`; without one nothing stays.
+
+        With a temperature, `seeds` has an integer in [0, 2**64) a prompt, the same under all
+        adapters: both signs of a pair draw by the same numbers, and samples of one prompt need
+        seeds of their own. The number that draws a row's token t is a pure function of its seed
+        and t, so what is drawn does not depend on what else is in the call, nor on the pool's
+        size. Logits may, in their last bits, since kernels add in other orders for batches of
+        other shapes, and a branch's first token is computed by other kernels than a step: where
+        two tokens are as good as equally likely, or a number falls between two to that precision,
+        another may be taken, and all after it differ.
+
+        Raises ValueError for an empty prompt and for what is missing, ConfigError for a prompt
+        that, with its new tokens, does not fit the KV pool or the model's context.
         """
         if not all(prompts):
             raise ValueError("a prompt has no tokens")
-        continuations: list[list[int]] = []
-        for batch in self._split([len(prompt) + max_new_tokens for prompt in prompts]):
-            chosen = [prompts[index] for index in batch]
-            continuations += self._decode(chosen, max_new_tokens, frozenset(stop_tokens))
-        return continuations
+        if sampling.stop_strings and decode is None:
+            raise ValueError("stop strings need a decode")
+        if seeds is None:
+            if sampling.temperature > 0:
+                raise ValueError("a temperature needs seeds")
+            seeds = [0] * len(prompts)
+        self._require_fit(max(map(len, prompts), default=0) + sampling.max_new_tokens)
+        self._runner.activate()
+        generation = Generation(self._pools, self._runner.forward, sampling, decode, namespace)
+        return generation.run(prompts, adapters, seeds)
 
     def _split(self, lengths: Sequence[int], num_copies: int = 1) -> Iterator[range]:
         """Batches of which so many copies fit the pools; decided by lengths alone."""
-        if num_copies > self._max_sequences:
+        if num_copies > self._pools.max_sequences:
             raise ConfigError(
                 f"space.slots: {num_copies} sequences at a time are more than the engine's "
-                f"{self._max_sequences}; lower space.slots"
+                f"{self._pools.max_sequences}; lower space.slots"
             )
         first = num_tokens = 0
         for index, length in enumerate(lengths):
-            if length > self.max_sequence_length or length * num_copies > self._kv_tokens:
-                times = f", {num_copies} times over," if num_copies > 1 else ""
-                raise ConfigError(
-                    f"a sequence of {length} tokens{times} exceeds the {self.max_sequence_length} "
-                    "that model.kv_tokens and the model's context allow; raise model.kv_tokens or "
-                    "lower task.max_length"
-                )
-            is_full = (index - first + 1) * num_copies > self._max_sequences
-            if index > first and (is_full or (num_tokens + length) * num_copies > self._kv_tokens):
+            self._require_fit(length, num_copies)
+            is_full = (index - first + 1) * num_copies > self._pools.max_sequences
+            if index > first and (is_full or (num_tokens + length) * num_copies > self.kv_tokens):
                 yield range(first, index)
                 first, num_tokens = index, 0
             num_tokens += length
         if first < len(lengths):
             yield range(first, len(lengths))
 
-    def _decode(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_tokens: frozenset[int]
-    ) -> list[list[int]]:
-        self._runner.activate()
-        requests: list[Req] = []
-        finished: set[int] = set()
-        try:
-            for prompt in prompts:
-                requests.append(self._request(prompt, None, len(prompt) - 1))
-            schedule = self._schedule(requests)
-            for remaining in reversed(range(max_new_tokens)):
-                output = self._runner.forward(self._forward_batch(schedule))
-                chosen = output.next_token_logits.argmax(dim=-1)
-                for index, token in enumerate(chosen.tolist()):
-                    requests[index].output_ids.append(token)
-                    if token in stop_tokens:
-                        finished.add(index)
-                if remaining == 0 or len(finished) == len(requests):
-                    break
-                schedule.input_ids = chosen
-                schedule.prepare_for_decode()
-        finally:
-            for request in requests:
-                self._release(request, keep=False)
-        return [_until(request.output_ids, stop_tokens) for request in requests]
+    def _require_fit(self, length: int, num_copies: int = 1) -> None:
+        """Refuse a sequence that could never be computed, so many times at once."""
+        if length > self.max_sequence_length or length * num_copies > self.kv_tokens:
+            times = f", {num_copies} times over," if num_copies > 1 else ""
+            raise ConfigError(
+                f"a sequence of {length} tokens{times} exceeds the {self.max_sequence_length} "
+                "that model.kv_tokens and the model's context allow; raise model.kv_tokens or "
+                "lower task.max_length"
+            )
 
     def _forward(self, rows: Sequence[Row], namespace: str | None) -> tuple[torch.Tensor, int]:
         """The rows' targets' log-probabilities, and the tokens that were reused."""
@@ -362,13 +354,13 @@ class Engine:
                 # A prefix may be reused up to the first scored position, which needs its logits.
                 prompt = row.prompt
                 requests.append(
-                    self._request(prompt.tokens, namespace, prompt.first_scored, row.adapter)
+                    self._pools.request(prompt.tokens, namespace, prompt.first_scored, row.adapter)
                 )
             reused = [
-                self._num_reused(row.adapter, request)
+                self._pools.num_reused(row.adapter, request)
                 for row, request in zip(rows, requests, strict=True)
             ]
-            forward_batch = self._forward_batch(self._schedule(requests))
+            forward_batch = self._pools.forward_batch(self._pools.schedule(requests))
             with self._head.scoring(*self._targets(rows, reused)):
                 output = self._runner.forward(forward_batch)
             scored = True
@@ -376,12 +368,14 @@ class Engine:
             # Entries of a forward that failed must not be found later.
             keep = namespace is not None and scored
             for row, request in zip(rows, requests, strict=False):
-                self._release(request, keep and self._prefix(row.adapter) is None)
+                self._pools.release(request, keep and self._pools.prefix(row.adapter) is None)
         return output.input_token_logprobs, sum(reused)
 
     def _replayed(self, batch: PlanBatch) -> torch.Tensor | None:
         """The batch's log-probabilities, by a graph; None where there is none for it."""
-        if self._graphs is None or any(self._prefix(row.adapter) is not None for row in batch.rows):
+        if self._graphs is None or any(
+            self._pools.prefix(row.adapter) is not None for row in batch.rows
+        ):
             return None
         return self._graphs.run(batch)
 
@@ -392,33 +386,11 @@ class Engine:
         requests: list[Req] = []
         try:
             for length in shape.lengths:
-                requests.append(self._request([0] * length, None, length - 1, adapter))
-            yield self._forward_batch(self._schedule(requests))
+                requests.append(self._pools.request([0] * length, None, length - 1, adapter))
+            yield self._pools.forward_batch(self._pools.schedule(requests))
         finally:
             for request in requests:
-                self._release(request, keep=False)
-
-    def _schedule(self, requests: list[Req]) -> ScheduleBatch:
-        """Allocate slots for the requests, and lay them out as one prefill batch."""
-        schedule = ScheduleBatch.init_new(
-            reqs=requests,
-            req_to_token_pool=self._requests,
-            token_to_kv_pool_allocator=self._allocator,
-            tree_cache=self._cache,
-            model_config=self._runner.model_runner.model_config,
-            enable_overlap=False,
-            spec_algorithm=SpeculativeAlgorithm.NONE,
-        )
-        schedule.return_logprob = False  # the scoring head takes them itself
-        schedule.prepare_for_extend()
-        if schedule.input_ids is None:
-            schedule.input_ids = schedule.prefill_input_ids_cpu.to(self.device)
-        return schedule
-
-    def _forward_batch(self, schedule: ScheduleBatch) -> ForwardBatch:
-        return ForwardBatch.init_new(
-            schedule, self._runner.model_runner, return_hidden_states_before_norm=False
-        )
+                self._pools.release(request, keep=False)
 
     def _targets(
         self, rows: Sequence[Row], reused: Sequence[int]
@@ -433,57 +405,6 @@ class Engine:
             start += len(row.prompt.tokens) - num_reused
         return torch.tensor(positions, device=self.device), torch.tensor(tokens, device=self.device)
 
-    def _request(
-        self,
-        tokens: Sequence[int],
-        namespace: str | None,
-        first_needed: int,
-        adapter: str | None = None,
-    ) -> Req:
-        """A request whose hidden states are computed from position `first_needed` on, at least."""
-        prefix = self._prefix(adapter)
-        virtual = [] if prefix is None else [VIRTUAL_TOKEN] * len(prefix)
-        request = Req(
-            rid=str(next(self._request_ids)),
-            origin_input_text="",
-            origin_input_ids=array("q", [*virtual, *tokens]),
-            sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
-            return_logprob=True,
-            extra_key=namespace,
-            lora_id=adapter if prefix is None else None,
-        )
-        request.logprob_start_len = len(virtual) + first_needed
-        is_cached = namespace is not None and prefix is None
-        request.init_next_round_input(self._cache if is_cached else None)
-        if prefix is not None:
-            request.prefix_indices = prefix
-            request.cache_protected_len = len(prefix)  # not to be freed with the request's own
-        if request.last_node is not None:
-            self._cache.inc_lock_ref(request.last_node)  # or making room could evict it
-        request.set_extend_range(len(request.prefix_indices), len(request.origin_input_ids))
-        return request
-
-    def _prefix(self, adapter: str | None) -> torch.Tensor | None:
-        """The KV entries that a row begins with; None where it names no prefix slot."""
-        if self.prefixes is None or adapter not in self.prefixes.names:
-            return None
-        return self.prefixes.entries(adapter)
-
-    def _num_reused(self, adapter: str | None, request: Req) -> int:
-        """Tokens of a row that were found in the cache; virtual ones are no tokens of it."""
-        return 0 if self._prefix(adapter) is not None else len(request.prefix_indices)
-
-    def _release(self, request: Req, keep: bool) -> None:
-        """Give a request's slots back, however far it came; keep its KV entries if asked."""
-        if request.kv_committed_len:  # its KV slots were allocated
-            self._cache.cache_finished_req(
-                request, is_insert=keep, kv_len_to_handle=request.kv_committed_len
-            )
-        elif request.last_node is not None:
-            self._cache.dec_lock_ref(request.last_node)
-        if request.req_pool_idx is not None:
-            self._requests.free(request)
-
     def close(self) -> None:
         """Give the model's and the pools' memory back. The engine is of no use afterwards."""
         if self._is_closed:
@@ -491,7 +412,7 @@ class Engine:
         self._is_closed = True
         self.slots = self.prefixes = None  # they hold views of the runner's pools
         self._graphs = None  # they hold memory of the model's forward
-        del self._head, self._cache, self._allocator, self._requests
+        del self._head, self._pools
         self._runner.close()
 
 
@@ -504,8 +425,3 @@ def _require_native(model_config: ModelConfig) -> None:
             f"{', '.join(architectures)}; choose a model that it serves natively, or set "
             "model.allow_fallback=true to run transformers' own, more slowly"
         )
-
-
-def _until(tokens: Sequence[int], stop_tokens: frozenset[int]) -> list[int]:
-    """The tokens before the first stop token."""
-    return list(itertools.takewhile(lambda token: token not in stop_tokens, tokens))

@@ -1,9 +1,10 @@
 """Noise version 1: every random bit that the optimiser uses, specified and computed in numpy.
 
 Owns the meaning of seeds: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"), how its words become gaussian or rademacher noise, rounding bits, seeds and orders of
-examples, and the checksum of a tensor. A bit depends on a seed, a canonical tensor name and an
-element's row-major index in the whole tensor, so that any shard on any device draws the same.
+1, 2, 3"), how its words become gaussian or rademacher noise, rounding bits, seeds, orders of
+examples and numbers to draw tokens by, and the checksum of a tensor. A bit of noise depends on a
+seed, a canonical tensor name and an element's row-major index in the whole tensor, so that any
+shard on any device draws the same.
 
 This is the specification, written to be read: one block of words is computed for each element.
 The fast kernels are in the sweeps modules. It does not know torch, devices, models or steps.
@@ -11,6 +12,7 @@ The fast kernels are in the sweeps modules. It does not know torch, devices, mod
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -49,6 +51,7 @@ class Stream(IntEnum):
     SEEDS = 2
     ORDER = 3
     INITIAL = 4
+    SAMPLING = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +171,20 @@ def uniform(seed: int, name: str, count: int) -> NDArray[np.float32]:
     words = _block_words(index // np.uint64(4), name, Stream.INITIAL, split_words(seed))
     word = _pick(words, index % np.uint64(4))
     return (word >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+
+
+def token_uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """A number for each token that is drawn, by a row's seed and how many it drew before.
+
+    Float64 [count], odd multiples of 2**-49, evenly spread over (0, 1); seeds and positions are
+    integers in [0, 2**64).
+    """
+    seed, position = np.array(seeds, np.uint64), np.array(positions, np.uint64)
+    mask, half = np.uint64(_WORD_MASK), np.uint64(32)
+    counter = (position & mask, position >> half, 0, Stream.SAMPLING)
+    word_0, word_1, _, _ = philox(counter, (seed & mask, seed >> half))
+    bits = word_0.astype(np.uint64) | (word_1.astype(np.uint64) >> np.uint64(16)) << half
+    return (bits.astype(np.float64) + 0.5) * 2.0**-48
 
 
 def derive_seed(run_seed: int, step: int, index: int) -> int:

@@ -26,6 +26,7 @@ from orchestrator.prefix import PrefixSpace
 from orchestrator.prefix_slots import PrefixPlan
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.runner import World, gather_from_ranks
+from orchestrator.sampling import Sampling
 
 FAMILIES = ["opt", "opt-350m", "opt-untied", "llama", "qwen3"]
 SLOT_FAMILIES = ["opt", "llama"]
@@ -46,7 +47,12 @@ def observe(family: str, models: Path, exported: Path, world: World) -> dict[str
     with recorded(engine) as logits:
         seen["scores"] = [span.sum for span in engine.score(SEQUENCES, spans).spans]
     seen["logits"] = torch.cat(logits)
-    seen["generated"] = engine.generate(SEQUENCES, 8)
+    drawn = Sampling(8, temperature=1.0, top_p=0.9)
+    found = [
+        *engine.generate(SEQUENCES, Sampling(8)),
+        *engine.generate(SEQUENCES * 2, drawn, seeds=range(6)),
+    ]
+    seen["generated"] = [each.tokens for each in found]
     tensors = canonical_tensors(engine.model, Checkpoint(folder), world.rank)
     for master in ("float32", "bfloat16"):
         dtype = getattr(torch, master)

@@ -268,7 +268,7 @@ def test_slots_leave_no_entries_and_no_memory_behind(make: Make) -> None:
         space.apply(StepUpdate(step, seeds=(step,), coefficients=(1e-4,), decay=1.0))
         space.settle()
         assert engine.free_slots() == free
-    assert engine._cache.total_size() == 0
+    assert engine._pools.cache.total_size() == 0
     assert len(manager.loras) == 5
     buffers = [id(buffer) for layers in manager.memory_pool.A_buffer.values() for buffer in layers]
     assert buffers == held

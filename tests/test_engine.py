@@ -86,12 +86,12 @@ def test_an_entry_is_reused_in_its_own_namespace_only(engines: Engines) -> None:
 def test_without_a_namespace_nothing_is_reused_or_kept(engines: Engines) -> None:
     engine = engines("qwen3")
     sequences, spans = ragged(seed=2, count=5)
-    free, kept = engine.free_slots(), engine._cache.total_size()
+    free, kept = engine.free_slots(), engine._pools.cache.total_size()
     first, second = engine.score(sequences, spans), engine.score(sequences, spans)
     assert first == second
     assert first.num_reused == 0
     assert engine.free_slots() == free
-    assert engine._cache.total_size() <= kept  # less if room had to be made
+    assert engine._pools.cache.total_size() <= kept  # less if room had to be made
 
 
 def test_batches_larger_than_the_pool_are_split(engines: Engines) -> None:
@@ -120,20 +120,7 @@ def test_ten_thousand_scorings_leave_the_pool_as_it_was(engines: Engines) -> Non
         sequences, spans = ragged(seed=round, count=50)
         engine.score(sequences, spans, draw.choice([None, f"state {round % 7}"]))
         assert engine.free_slots() == before
-    assert engine._cache.protected_size() == 0
-
-
-def test_generation_ends_before_a_stop_token_and_gives_all_slots_back(engines: Engines) -> None:
-    engine = engines("opt")
-    free = engine.free_slots()
-    prompts = [[3, 4, 5], [6, 7, 8, 9], [10]]
-    whole = engine.generate(prompts, 12)
-    assert [len(tokens) for tokens in whole] == [12] * 3
-    stop = whole[0][5]
-    assert engine.generate(prompts, 12, [stop]) == [
-        tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in whole
-    ]
-    assert engine.free_slots() == free
+    assert engine._pools.cache.protected_size() == 0
 
 
 def test_more_sequences_than_request_slots_are_split(engines: Engines) -> None:
@@ -148,13 +135,6 @@ def test_more_sequences_than_request_slots_are_split(engines: Engines) -> None:
 def test_more_adapters_than_request_slots_are_refused(engines: Engines) -> None:
     with pytest.raises(ConfigError, match=r"space\.slots: 500 sequences .*; lower space\.slots"):
         engines("opt").score([[3, 4, 5]], [(1, 2)], adapters=[None] * 500)
-
-
-def test_prompts_that_cannot_be_continued_are_refused(engines: Engines) -> None:
-    with pytest.raises(ValueError, match="a prompt has no tokens"):
-        engines("opt").generate([[]], 3)
-    with pytest.raises(ConfigError, match=r"303 tokens exceeds the 25\d"):
-        engines("opt").generate([[3, 4, 5]], 300)
 
 
 def test_a_damaged_file_is_refused_by_name(model_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -188,10 +168,10 @@ def test_a_failure_gives_all_slots_back_and_keeps_no_entries(
     engine = engines("qwen2")
     sequences, spans = [[3, 4, 5, 6], [7, 8, 9]], [(3, 4), (1, 3)]
     engine.score(sequences[:1], spans[:1], namespace)
-    before, kept = engine.free_slots(), engine._cache.total_size()
+    before, kept = engine.free_slots(), engine._pools.cache.total_size()
     if place == "request":
-        made = iter([engine._request, fail])
-        monkeypatch.setattr(engine, "_request", lambda *arguments: next(made)(*arguments))
+        made = iter([engine._pools.request, fail])
+        monkeypatch.setattr(engine._pools, "request", lambda *arguments: next(made)(*arguments))
     elif place == "slots":
         monkeypatch.setattr(allocation, "alloc_token_slots", fail)
     elif place == "layout":
@@ -200,5 +180,5 @@ def test_a_failure_gives_all_slots_back_and_keeps_no_entries(
         monkeypatch.setattr(engine._runner, "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         engine.score(sequences, spans, namespace)
-    assert (engine.free_slots(), engine._cache.total_size()) == (before, kept)
-    assert engine._cache.protected_size() == 0
+    assert (engine.free_slots(), engine._pools.cache.total_size()) == (before, kept)
+    assert engine._pools.cache.protected_size() == 0

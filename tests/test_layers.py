@@ -11,10 +11,11 @@ LAYERS = [
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
     | {"attention_triton", "norm_triton"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
-    | {"evaluate", "metrics", "dist_patch", "adapter_kernels"},
+    | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
     | {"prefix_slots", "score_attention"},
-    {"score_graphs"},
+    {"score_graphs", "pools"},
+    {"generation"},
     {"engine", "sglang_models", "export"},
     {"space"},
     {"slotted"},
@@ -29,7 +30,7 @@ LAYERS = [
 OWNERS = {
     "ray": {"actors"},
     "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
-    | {"score_graphs", "score_attention"},
+    | {"score_graphs", "score_attention", "pools", "generation"},
     "triton": {"adapter_kernels_triton", "attention_triton", "norm_triton"},
     "cuda": {"sweeps_cuda"},
     "numba": {"sweeps_numba", "replica"},
@@ -47,7 +48,8 @@ OWNERS = {
     }
     | {"sweeps_cuda", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"}
     | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
-    | {"score_graphs", "score_attention", "attention_triton", "norm_triton"},
+    | {"score_graphs", "score_attention", "attention_triton", "norm_triton"}
+    | {"pools", "generation", "sampling"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(

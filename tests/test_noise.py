@@ -91,6 +91,17 @@ def test_seeds_are_what_they_were() -> None:
     assert seeds == [9353530010257878950, 4588694232511165019]
 
 
+def test_numbers_for_tokens_are_those_of_their_own_stream() -> None:
+    seed, position = 0x0123456789ABCDEF, 2**32 + 7
+    low, high, _, _ = noise.philox((7, 1, 0, 5), (0x89ABCDEF, 0x01234567))
+    bits = int(low) | (int(high) >> 16) << 32
+    assert noise.token_uniforms([3, seed], [0, position])[1] == (2 * bits + 1) / 2**49
+    numbers = noise.token_uniforms([seed] * SAMPLES, range(SAMPLES))
+    assert numbers.min() > 0 and numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 4 / np.sqrt(12 * SAMPLES)
+    assert abs(numbers.var() - 1 / 12) < 0.001
+
+
 def test_permutation_is_what_it_was() -> None:
     assert noise.permutation(2**40 + 1, 3, 12).tolist() == [2, 9, 1, 8, 3, 5, 6, 10, 11, 4, 7, 0]
 

@@ -20,6 +20,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
 from orchestrator.opt_native import OPTForCausalLM
+from orchestrator.sampling import Sampling
 from orchestrator.tensor_map import shards
 
 Engines = Callable[[str], Engine]
@@ -95,14 +96,16 @@ def test_greedy_generation_equals_transformers(
 ) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model_folders[variant], dtype=torch.float32)
     prompts = random_sequences(seed=3, count=8)
-    generated = engines(variant).generate(prompts, 64)
+    generated = engines(variant).generate(prompts, Sampling(64))
     choices = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None}
     for prompt, continuation in zip(prompts, generated, strict=True):
         mask = torch.ones(1, len(prompt))  # or it would leave out what looks like padding
         tokens = torch.tensor([prompt])
         expected = reference.generate(tokens, attention_mask=mask, **choices)[0, len(prompt) :]
-        assert continuation == expected.tolist()
-    assert len({token for tokens in generated for token in tokens}) > 2  # not one token repeated
+        assert continuation.tokens == expected.tolist()
+    assert (
+        len({token for found in generated for token in found.tokens}) > 2
+    )  # not one token repeated
 
 
 def test_every_layer_attends_through_the_radix_cache(engines: Engines) -> None:

@@ -19,6 +19,7 @@ from transformers import GPTNeoXConfig, HeliumConfig, HeliumForCausalLM
 from orchestrator import opt_native, sglang_models
 from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
+from orchestrator.sampling import Sampling
 from orchestrator.sglang_models import opt
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +102,7 @@ def test_sglang_s_own_server_serves_our_opt(
                 time.sleep(0.5)
         choices = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
         answer = ask(f"{url}/generate", {"input_ids": [3, 4, 5], "sampling_params": choices})
-        assert answer["output_ids"] == engines("opt").generate([[3, 4, 5]], 8)[0]
+        assert answer["output_ids"] == engines("opt").generate([[3, 4, 5]], Sampling(8))[0].tokens
     finally:
         os.killpg(server.pid, 9)
         server.wait()

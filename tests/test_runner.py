@@ -16,6 +16,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
 from orchestrator.runner import World
+from orchestrator.sampling import Sampling
 
 Engines = Callable[[str], Engine]
 FAMILIES = ["opt", "llama", "qwen3"]
@@ -132,8 +133,8 @@ def test_twenty_rounds_of_build_use_close_leave_memory_flat(tmp_path: Path) -> N
     for _ in range(22):
         engine = Engine(str(tmp_path), dtype="float32", device=DEVICE, kv_tokens=1024, threads=2)
         engine.score([[3, 4, 5, 6]] * 8, [(1, 4)] * 8, "a state")
-        engine.generate([[3, 4, 5]], 4)
-        parts = [weakref.ref(engine.model), weakref.ref(engine._allocator)]
+        engine.generate([[3, 4, 5]], Sampling(4))
+        parts = [weakref.ref(engine.model), weakref.ref(engine._pools.allocator)]
         engine.close()
         del engine
         after.append(memory())

@@ -19,6 +19,7 @@ from orchestrator.engine import Engine
 from orchestrator.lora import LoraSpace
 from orchestrator.noise import TensorRegion
 from orchestrator.records import Probe, StepUpdate
+from orchestrator.sampling import Sampling
 from orchestrator.spaces import SpacePlan
 from orchestrator.sweeps import Factors, Slice
 
@@ -217,7 +218,7 @@ def test_graphs_do_not_change_continuations(
         adapted_engine(folder, recipe, "float32", cuda_graphs, rank=4, slots=2)[0]
         for cuda_graphs in (False, True)
     ]
-    eager, captured = (engine.generate(SEQUENCES, 16) for engine in engines)
+    eager, captured = (engine.generate(SEQUENCES, Sampling(16)) for engine in engines)
     assert captured == eager
     scores = [engine.score(SEQUENCES, SPANS).spans for engine in engines]
     assert [span.sum for span in scores[1]] == pytest.approx(

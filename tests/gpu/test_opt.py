@@ -9,6 +9,7 @@ from conftest import VOCABULARY, recorded
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from orchestrator.engine import Engine
+from orchestrator.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SEQUENCES = [[3, 4, 5, 6, 7], [8, 9, 10], [11, 12, 13, 14, 15, 16, 3, 4]]
@@ -30,7 +31,7 @@ def test_graphs_change_neither_scores_nor_continuations(
     assert type(runner.prefill_cuda_graph_runner).__name__ == "PrefillCudaGraphRunner"
     assert type(runner.decode_cuda_graph_runner).__name__ == "DecodeCudaGraphRunner"
     eager = engines(family)
-    assert captured.generate(SEQUENCES, 64) == eager.generate(SEQUENCES, 64)
+    assert captured.generate(SEQUENCES, Sampling(64)) == eager.generate(SEQUENCES, Sampling(64))
     scores = [span.sum for span in captured.score(SEQUENCES, SPANS).spans]
     expected = [span.sum for span in eager.score(SEQUENCES, SPANS).spans]
     assert scores == pytest.approx(expected, abs=1e-4)

@@ -1,0 +1,153 @@
+"""The KV slots and request slots of one runner, and its RadixCache: lent to requests, taken back.
+
+Owns how a sequence becomes one of SGLang's requests, and requests become a batch. Knows token ids
+and names of slots; knows nothing of what is computed, or why.
+"""
+
+import itertools
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+from orchestrator.prefix_slots import PrefixSlots
+
+VIRTUAL_TOKEN = 0  # holds the place of a prefix slot's; never computed
+
+
+class Pools:
+    """What a runner's sequences take while they are in it."""
+
+    def __init__(self, model_runner: Any, prefixes: PrefixSlots | None, margin: int) -> None:
+        """`margin` is how many KV slots are never to be counted as room for sequences."""
+        self._model_runner, self._prefixes = model_runner, prefixes
+        self.allocator = model_runner.token_to_kv_pool_allocator
+        self.requests = model_runner.req_to_token_pool
+        self.cache = RadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=self.requests,
+                token_to_kv_pool_allocator=self.allocator,
+                page_size=1,
+            )
+        )
+        self.kv_tokens = int(self.allocator.available_size()) - margin
+        """Tokens that sequences may hold, without the entries of prefix slots."""
+        self.max_sequences = len(self.requests.free_slots)  # SGLang lowers it to suit the pool
+        """Requests that there may be at a time."""
+        self._ids = itertools.count()
+
+    def free(self) -> tuple[int, int]:
+        """KV slots (tokens) and request slots that are free or held by evictable entries."""
+        kv = self.allocator.available_size() + self.cache.evictable_size()
+        return int(kv), len(self.requests.free_slots)
+
+    def request(
+        self,
+        tokens: Sequence[int],
+        namespace: str | None,
+        first_needed: int,
+        adapter: str | None = None,
+    ) -> Req:
+        """A request whose hidden states are computed from position `first_needed` on, at least."""
+        prefix = self.prefix(adapter)
+        virtual = [] if prefix is None else [VIRTUAL_TOKEN] * len(prefix)
+        # SGLang itself looks up all tokens but the last, unless log-probabilities are asked for;
+        # a batch that decodes must not ask for any.
+        is_scored = first_needed < len(tokens) - 1
+        request = self._new([*virtual, *tokens], adapter, namespace, is_scored)
+        request.logprob_start_len = len(virtual) + first_needed
+        is_cached = namespace is not None and prefix is None
+        request.init_next_round_input(self.cache if is_cached else None)
+        if prefix is not None:
+            _begin_with(request, prefix)
+        if request.last_node is not None:
+            self.cache.inc_lock_ref(request.last_node)  # or making room could evict it
+        request.set_extend_range(len(request.prefix_indices), len(request.origin_input_ids))
+        return request
+
+    def branch(self, stem: Req, entries: torch.Tensor, token: int, adapter: str | None) -> Req:
+        """A request that goes on from another's tokens by one more, over the other's KV entries.
+
+        `entries` are those of the stem's tokens, see `entries`; they stay the stem's, which is to
+        be released last.
+        """
+        request = self._new([*stem.origin_input_ids, token], adapter, None, is_scored=False)
+        request.init_next_round_input(None)
+        _begin_with(request, entries)
+        request.set_extend_range(len(entries), len(request.origin_input_ids))
+        return request
+
+    def entries(self, request: Req) -> torch.Tensor:
+        """Where in the KV pool a request's input lies, once computed: int64 [tokens]."""
+        row: torch.Tensor = self.requests.req_to_token[request.req_pool_idx]
+        return row[: len(request.origin_input_ids)].to(torch.int64)
+
+    def prefix(self, adapter: str | None) -> torch.Tensor | None:
+        """The KV entries that a row begins with; None where it names no prefix slot."""
+        if self._prefixes is None or adapter not in self._prefixes.names:
+            return None
+        return self._prefixes.entries(adapter)
+
+    def num_reused(self, adapter: str | None, request: Req) -> int:
+        """Tokens of a row that were found in the cache; virtual ones are no tokens of it."""
+        return 0 if self.prefix(adapter) is not None else len(request.prefix_indices)
+
+    def schedule(self, requests: list[Req]) -> ScheduleBatch:
+        """Allocate slots for the requests, and lay them out as one prefill batch."""
+        schedule = ScheduleBatch.init_new(
+            reqs=requests,
+            req_to_token_pool=self.requests,
+            token_to_kv_pool_allocator=self.allocator,
+            tree_cache=self.cache,
+            model_config=self._model_runner.model_config,
+            enable_overlap=False,
+            spec_algorithm=SpeculativeAlgorithm.NONE,
+        )
+        schedule.return_logprob = False  # the scoring head takes them itself
+        schedule.prepare_for_extend()
+        if schedule.input_ids is None:
+            schedule.input_ids = schedule.prefill_input_ids_cpu.to(schedule.device)
+        return schedule
+
+    def forward_batch(self, schedule: ScheduleBatch) -> ForwardBatch:
+        return ForwardBatch.init_new(
+            schedule, self._model_runner, return_hidden_states_before_norm=False
+        )
+
+    def release(self, request: Req, keep: bool) -> None:
+        """Give a request's slots back, however far it came; keep its KV entries if asked."""
+        if request.kv_committed_len:  # its KV slots were allocated
+            self.cache.cache_finished_req(
+                request, is_insert=keep, kv_len_to_handle=request.kv_committed_len
+            )
+        elif request.last_node is not None:
+            self.cache.dec_lock_ref(request.last_node)
+        if request.req_pool_idx is not None:
+            self.requests.free(request)
+
+    def _new(
+        self, tokens: Sequence[int], adapter: str | None, namespace: str | None, is_scored: bool
+    ) -> Req:
+        return Req(
+            rid=str(next(self._ids)),
+            origin_input_text="",
+            origin_input_ids=array("q", tokens),
+            sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
+            return_logprob=is_scored,
+            extra_key=namespace,
+            lora_id=adapter if self.prefix(adapter) is None else None,
+        )
+
+
+def _begin_with(request: Req, entries: torch.Tensor) -> None:
+    """Let a request begin with KV entries that are another's, and are not freed with its own."""
+    request.prefix_indices = entries
+    request.cache_protected_len = len(entries)
