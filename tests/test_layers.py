@@ -7,13 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
+    {"presets", "templates", "answers"},
     {"config", "records", "environment", "output"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"},
-    {"noise_triton"},
+    {"noise_triton", "rows"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_triton"}
-    | {"prefix_slots"},
+    | {"prefix_slots", "encoder"},
     {"score_graphs"},
     {"engine", "sglang_models", "export"},
     {"space"},
@@ -28,6 +29,8 @@ LAYERS = [
 # Packages that only some modules may know.
 OWNERS = {
     "ray": {"actors"},
+    "datasets": {"rows"},
+    "pyarrow": {"rows"},
     "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
     | {"score_graphs"},
     "triton": {"adapter_kernels_triton", "noise_triton", "sweeps_triton"},
