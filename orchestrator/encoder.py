@@ -67,21 +67,24 @@ class Encoder:
         model has none of that; ConfigError where it has neither. Not for the train split.
         """
         encodings = []
-        for id in ids:
-            example = self._data.split(split)[id]
+        for example in (self._data.split(split)[id] for id in ids):
             assert example.unconditional is not None, f"{split} is not calibrated"
             prompt, texts = example.unconditional
             before, *sequences = self._tokenize([prompt, *texts])
             if not before:
-                first = self._bos if self._bos is not None else self._eos
-                if first is None:
-                    raise ConfigError(
-                        "task.unconditional: begins with the option, and the tokenizer has no BOS "
-                        "or EOS token to stand before it; put text there"
-                    )
+                first = self._first_token()
                 before, sequences = [first], [[first, *tokens] for tokens in sequences]
             encodings.append(self._encode(example, before, sequences))
         return encodings
+
+    def _first_token(self) -> int:
+        for token in (self._bos, self._eos):
+            if token is not None:
+                return token
+        raise ConfigError(
+            "task.unconditional: begins with the option, and the tokenizer has no BOS or EOS token "
+            "to stand before it; put text there"
+        )
 
     def prompts(self, split: Split, ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
         """Prompts to be continued, cut so that so many more tokens do not exceed max_length."""

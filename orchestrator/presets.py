@@ -77,6 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "copa": {
         "template": "{premise|without_full_stop} {question|as_connective} {option|lower_first}",
         "options": ["{choice1}", "{choice2}"],
+        "label_names": ["choice1", "choice2"],
         "unconditional": "{question|as_connective} {option|lower_first}",
         "loss": "lm",
         **_from_hub(HUB_SUPER_GLUE, "copa"),

@@ -165,7 +165,11 @@ def test_identity_holds_what_decides_the_ledger_and_nothing_else() -> None:
         assert identity(free) == identity()
     for moved in ("model.path=elsewhere", "model.device=auto", "task.train.path=elsewhere.csv"):
         assert identity(moved) == identity()
+    for shown in ("task.unconditional=So {option}", "task.label_names=[bad, good]"):
+        assert identity(shown) == identity()
     for deciding in ("run.seed=1", "estimator.eps=0.5", "fleet.threads_per_replica=2"):
+        assert identity(deciding) != identity()
+    for deciding in ("task.loss=lm", "task.demonstrations=2", "task.num_dev=2"):
         assert identity(deciding) != identity()
 
 
