@@ -106,6 +106,7 @@ class Encoder:
 
     def _encode(self, example: Example, prompt: list[int], sequences: list[list[int]]) -> Encoding:
         start = self._border(example, prompt, sequences)
+        # all options lose the same tokens, so that they follow the same prompt
         excess = max(0, max(map(len, sequences)) - self._max_length)
         if excess and excess >= start - 1:
             longest = max(len(tokens) - start for tokens in sequences)

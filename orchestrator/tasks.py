@@ -190,7 +190,10 @@ class Renderer:
                 options.append(text)
             else:
                 found = self._texts("task.options", row, slot.path)
-                options += [slot.apply(value, "") for value in found]
+                try:
+                    options += [slot.apply(value, "") for value in found]
+                except ValueError as error:
+                    raise ConfigError(f"task.options: {row.origin}: {error}") from None
         if not options:
             raise ConfigError(f"task.options: {row.origin} holds none")
         return options

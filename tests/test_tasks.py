@@ -208,6 +208,11 @@ BAD_ROWS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {**NO_ANSWER, "template": "{text|as_connective} {option}"},
         "task.template: .*rows.jsonl:1: 'a' is neither cause nor effect",
     ),
+    (
+        {"text": "a"},
+        {"options": ["{text|as_connective}", "b"]},
+        "task.options: .*rows.jsonl:1: 'a' is neither cause nor effect",
+    ),
 ]
 
 
