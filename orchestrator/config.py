@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from orchestrator.presets import PRESETS
+from orchestrator.templates import Template
+
 Positive = Annotated[int, Field(ge=1, strict=True)]
 NonNegative = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -164,7 +167,14 @@ class Source(Section):
     """Where rows come from."""
 
     path: str
-    """A .jsonl or .csv file, or package:NAME/FILE for one inside an installed package."""
+    """A .jsonl, .csv or .parquet file, package:NAME/FILE for one inside an installed package, a
+    folder that `datasets` saved or reads, or hub:OWNER/NAME."""
+    name: str | None = None
+    """Folders and the hub: which of its data sets."""
+    split: str | None = None
+    """Folders and the hub: which split of it; may be left out where there is but one."""
+    revision: str | None = None
+    """The hub: branch, tag or commit."""
     where: dict[str, str] = {}
     """Keep only rows whose fields have these values."""
     rename: dict[str, str] = {}
@@ -172,51 +182,114 @@ class Source(Section):
 
 
 class Task(Section):
-    """Labelled rows, a template that turns one into prompts, and the options to choose from."""
+    """Labelled rows, a template that turns one into prompts, and what an answer is worth."""
 
     preset: str | None = None
-    """Fills in template, options and label where they are not given."""
+    """Fills in what is not given: template, options, label, loss, metric and rows."""
     template: str
-    """Text with {field} for a row's fields and {option} for the candidate, at the end."""
-    options: Annotated[list[str], Field(min_length=2)]
+    """Text with {field} for a row's fields and {option} for the candidate."""
+    options: list[str] = []
+    """The candidates, or fields of the row that hold them; none: answers are generated."""
     label: str = "label"
-    """The field that holds the right option: its number from 0, or its text."""
+    """The field that holds the right option: its number from 0, its text, or a list of texts.
+    Generated answers: the field with the right answers."""
+    label_names: list[str] = []
+    """What the label's field calls the options, in their order."""
+    unconditional: str = "{option}"
+    """What calibration scores: the template without its row."""
+    loss: Literal["option_ce", "lm"] = "option_ce"
+    """option_ce: cross-entropy over the options. lm: over the right option's tokens."""
+    metric: Literal["accuracy", "f1", "exact_match"] = "accuracy"
+    """accuracy: of the best-scored option. The others: of a generated answer, as SQuAD has them."""
+    stop: Annotated[list[str], Field(min_length=1)] = ["\n"]
+    """Generated answers end before the first of these texts."""
+    max_new_tokens: Positive = 50
+    """Generated answers: their longest, in tokens."""
+    demonstrations: NonNegative = 0
+    """Training rows that stand, answered, before every prompt; they are not trained on."""
     train: Source
     test: Source | None = None
     holdout: Positive | None = None
     """Without `test`: how many rows of `train` are held out, by a fixed permutation."""
+    num_train: Positive | None = None
+    """Rows of `train` that are trained on, drawn by a fixed permutation; None: all."""
+    num_dev: Positive | None = None
+    """Rows of `train` that choose the best checkpoint, drawn by the same permutation."""
+    num_test: Positive | None = None
+    """Rows of `test` that are used, drawn by a fixed permutation; None: all."""
     max_length: Positive = 512
     """Prompts are cut to this many tokens, from the left."""
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the model writes the answer, rather than choose among options."""
+        return self.metric != "accuracy"
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("preset") is None:
+        if not isinstance(values, dict):
+            return values
+        options = values.get("options")
+        if isinstance(options, list) and any(isinstance(option, bool) for option in options):
+            raise ValueError(f"options: {options!r}: YAML reads Yes and No as such; quote them")
+        if values.get("preset") is None:
             return values
         name = values["preset"]
         if not isinstance(name, str) or name not in PRESETS:
             known = ", ".join(sorted(PRESETS))
             raise ValueError(f"preset: {name!r} is not a preset; there are: {known}")
-        return {**PRESETS[name], **values}
+        preset = dict(PRESETS[name])
+        if "train" in values or values.get("holdout") is not None:
+            del preset["test"]  # the user's rows are not to be tested on others
+        return {**preset, **values}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.template.endswith("{option}"):
-            raise ValueError(f"template: {self.template!r} does not end with {{option}}")
-        if self.template.count("{option}") != 1:
-            raise ValueError(f"template: {self.template!r} contains {{option}} more than once")
-        if len(set(self.options)) != len(self.options):
-            raise ValueError(f"options: {self.options!r} repeats an option")
+        for key, text in (("template", self.template), ("unconditional", self.unconditional)):
+            if not _parsed(key, text).takes_option:
+                raise ValueError(f"{key}: {text!r} has no place for {{option}}")
+        self._check_options()
+        if len(self.label_names) not in (0, len(self.options)):
+            raise ValueError(
+                f"label_names: {self.label_names!r} are not as many as options: {self.options!r}"
+            )
         if self.test is None and self.holdout is None:
             raise ValueError("holdout: missing; without task.test, rows of task.train are held out")
         if self.test is not None and self.holdout is not None:
             raise ValueError(f"holdout: {self.holdout} is given beside task.test; leave one out")
         return self
 
+    def _check_options(self) -> None:
+        if self.is_generated:
+            if self.options or self.loss != "lm":
+                raise ValueError(
+                    f"metric: {self.metric} is of generated answers, which have no options and "
+                    "are trained on by loss: lm"
+                )
+            if self.max_new_tokens >= self.max_length:
+                raise ValueError(
+                    f"max_new_tokens: {self.max_new_tokens} leaves nothing of max_length: "
+                    f"{self.max_length} for a prompt"
+                )
+            return
+        templates = [_parsed("options", option) for option in self.options]
+        if len(templates) < 2 and not any(template.only_field for template in templates):
+            raise ValueError(
+                f"options: {self.options!r} is not accepted: there must be two, or a field that "
+                "holds them, such as {choices}"
+            )
+        if any(template.takes_option for template in templates):
+            raise ValueError(f"options: {self.options!r}: an option cannot hold {{option}}")
+        if len(set(self.options)) != len(self.options):
+            raise ValueError(f"options: {self.options!r} repeats an option")
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "sst2": {"template": "{sentence} It was {option}", "options": ["terrible", "great"]},
-}
+
+def _parsed(key: str, text: str) -> Template:
+    try:
+        return Template.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 class FleetSection(Section):
@@ -280,7 +353,8 @@ class Config(Section):
             exclude={
                 "model": {"path", "device"},
                 "space": {"init"},
-                "task": {"train", "test"},
+                # the options of a row are in the rows' hash; calibration trains nothing
+                "task": {"train", "test", "label_names", "unconditional"},
                 "fleet": True,
             },
         )

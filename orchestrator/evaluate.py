@@ -9,12 +9,12 @@ from orchestrator.records import ExampleScore
 
 
 def accuracy(scores: Sequence[ExampleScore]) -> float:
-    """Share (0 to 1) of examples whose best-scored option is the right one."""
-    return sum(score.prediction == score.label for score in scores) / len(scores)
+    """Share (0 to 1) of examples whose best-scored option is a right one."""
+    return sum(score.is_right for score in scores) / len(scores)
 
 
 def write_scores(path: Path, scores: Sequence[ExampleScore]) -> None:
-    """One JSON object a line: id, label, scores (mean log-probability per option), prediction."""
+    """One JSON object a line: the fields of ExampleScore."""
     with path.open("w", encoding="utf-8") as file:
         for score in scores:
             file.write(json.dumps(asdict(score)) + "\n")

@@ -14,3 +14,15 @@ def option_cross_entropy(scores: Sequence[float], label: int) -> float:
         return math.nan
     normaliser = highest + math.log(sum(math.exp(score - highest) for score in scores))
     return normaliser - scores[label]
+
+
+def token_cross_entropy(sums: Sequence[float], num_tokens: Sequence[int]) -> float:
+    """Cross-entropy a token, over all tokens of a batch's answers: long answers weigh more, as in
+    MeZO. `sums` holds an answer's log-probability, `num_tokens` its tokens."""
+    return -sum(sums) / sum(num_tokens)
+
+
+def calibrated(sums: Sequence[float], unconditional: Sequence[float]) -> list[float]:
+    """Options' log-probabilities less those without the row: how much the row speaks for each
+    (surface form competition, Holtzman et al. 2021)."""
+    return [given - alone for given, alone in zip(sums, unconditional, strict=True)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-Split = Literal["train", "test"]
+Split = Literal["train", "dev", "test"]
 EXAMPLES_PER_CHUNK = 64
 
 
@@ -50,12 +50,20 @@ class StepUpdate:
 
 @dataclass(frozen=True, slots=True)
 class ExampleScore:
-    """One held-out example: mean log-probability per option (natural logarithm), and the argmax."""
+    """One held-out example: mean log-probability per option (natural logarithm), and the argmax.
+
+    `label` is the option that would be trained on; some tasks have other right ones beside it.
+    """
 
     id: int
     label: int
     scores: tuple[float, ...]
     prediction: int
+    also_right: tuple[int, ...] = ()
+
+    @property
+    def is_right(self) -> bool:
+        return self.prediction == self.label or self.prediction in self.also_right
 
 
 @dataclass(frozen=True, slots=True)

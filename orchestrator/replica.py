@@ -15,10 +15,11 @@ from transformers import AutoTokenizer
 
 from orchestrator import checkpoint, tasks
 from orchestrator.config import Config, ConfigError
+from orchestrator.encoder import Encoder, Encoding
 from orchestrator.engine import Engine, Launched
-from orchestrator.objectives import option_cross_entropy
+from orchestrator.objectives import option_cross_entropy, token_cross_entropy
 from orchestrator.records import ExampleScore, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
-from orchestrator.score_plan import ScorePlan, Scores
+from orchestrator.score_plan import ScorePlan, Scores, SpanScore
 from orchestrator.spaces import SpacePlan
 
 RECORDED_PACKAGES = ("sglang", "torch", "transformers", "ray", "numpy")
@@ -29,6 +30,7 @@ class Replica:
 
     def __init__(self, config: Config, device: str) -> None:
         """Load everything. `device` is "cpu" or "cuda". Raises ConfigError for what is missing."""
+        self._task = config.task
         self._folder = folder = checkpoint.locate(config.model.path)
         weights = checkpoint.Checkpoint(folder)
         plan = SpacePlan(config, weights)
@@ -97,7 +99,15 @@ class Replica:
     def score(
         self, updates: Sequence[StepUpdate], split: Split, examples: Sequence[int]
     ) -> list[ExampleScore]:
-        """Option scores of examples under the trained state, unperturbed."""
+        """Option scores of examples under the trained state, unperturbed.
+
+        Raises ConfigError for a task whose answers are generated: there is nothing to choose from.
+        """
+        if self._task.is_generated:
+            raise ConfigError(
+                f"task.metric: {self._task.metric}: answers cannot be generated yet; a task is "
+                "evaluated by task.metric accuracy, with task.options"
+            )
         self._catch_up(updates)
         self.space.settle()
         encodings = self._encoder.encode(split, examples)
@@ -107,10 +117,12 @@ class Replica:
             ExampleScore(
                 id=id,
                 label=encoding.label,
-                scores=tuple(options),
-                prediction=max(range(len(options)), key=options.__getitem__),
+                scores=means,
+                prediction=max(range(len(means)), key=means.__getitem__),
+                also_right=encoding.also_right,
             )
             for id, encoding, options in zip(examples, encodings, scores, strict=True)
+            for means in [tuple(option.mean for option in options)]
         ]
 
     def digest(self, updates: Sequence[StepUpdate]) -> str:
@@ -144,9 +156,7 @@ class Replica:
             assert probe.examples == probes[0].examples, "a step's probes score the same examples"
         return probes[0].examples
 
-    def _plan(
-        self, encodings: Sequence[tasks.Encoding], adapters: tuple[str | None, ...]
-    ) -> ScorePlan:
+    def _plan(self, encodings: Sequence[Encoding], adapters: tuple[str | None, ...]) -> ScorePlan:
         return self.engine.plan(
             [sequence for encoding in encodings for sequence in encoding.sequences],
             [span for encoding in encodings for span in encoding.spans],
@@ -154,37 +164,47 @@ class Replica:
         )
 
     def _losses(
-        self, encodings: Sequence[tasks.Encoding], plan: ScorePlan, launches: Sequence[Launched]
+        self, encodings: Sequence[Encoding], plan: ScorePlan, launches: Sequence[Launched]
     ) -> list[list[ProbeLoss]]:
         """Per launch of a plan, the losses under each of its adapters."""
         return [
             [
-                ProbeLoss(_mean_loss(encodings, scores), answer.num_tokens // len(plan.adapters))
+                ProbeLoss(
+                    batch_loss(self._task.loss, encodings, scores),
+                    answer.num_tokens // len(plan.adapters),
+                )
                 for scores in _by_option(encodings, answer)
             ]
             for answer in self.engine.read(plan, launches)
         ]
 
 
-def _by_option(encodings: Sequence[tasks.Encoding], scores: Scores) -> list[list[list[float]]]:
-    """Mean log-probability per adapter, example and option."""
-    means = iter(span.mean for span in scores.spans)
+def _by_option(encodings: Sequence[Encoding], scores: Scores) -> list[list[list[SpanScore]]]:
+    """Scores per adapter, example and option."""
+    spans = iter(scores.spans)
     num_spans = sum(len(encoding.spans) for encoding in encodings)
     return [
-        [[next(means) for _ in encoding.spans] for encoding in encodings]
+        [[next(spans) for _ in encoding.spans] for encoding in encodings]
         for _ in range(len(scores.spans) // num_spans)
     ]
 
 
-def _mean_loss(encodings: Sequence[tasks.Encoding], scores: Sequence[Sequence[float]]) -> float:
+def batch_loss(
+    kind: str, encodings: Sequence[Encoding], scores: Sequence[Sequence[SpanScore]]
+) -> float:
+    """A batch's loss of the recipe's kind (task.loss), from its options' scores."""
+    if kind == "lm":
+        sums = [options[e.label].sum for e, options in zip(encodings, scores, strict=True)]
+        lengths = [end - start for e in encodings for start, end in [e.spans[e.label]]]
+        return token_cross_entropy(sums, lengths)
     values = [
-        option_cross_entropy(options, encoding.label)
+        option_cross_entropy([option.mean for option in options], encoding.label)
         for options, encoding in zip(scores, encodings, strict=True)
     ]
     return sum(values) / len(values)
 
 
-def _encoder(config: Config, folder: Path, data: tasks.TaskData) -> tasks.Encoder:
+def _encoder(config: Config, folder: Path, data: tasks.TaskData) -> Encoder:
     tokenizer = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=config.model.trust_remote_code
     )
@@ -193,6 +213,10 @@ def _encoder(config: Config, folder: Path, data: tasks.TaskData) -> tasks.Encode
         ids: list[list[int]] = tokenizer(texts)["input_ids"]
         return ids
 
-    return tasks.Encoder(
-        data, tokenize, bos=tokenizer.bos_token_id, max_length=config.task.max_length
+    return Encoder(
+        data,
+        tokenize,
+        bos=tokenizer.bos_token_id,
+        eos=tokenizer.eos_token_id,
+        max_length=config.task.max_length,
     )

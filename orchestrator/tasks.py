@@ -1,255 +1,242 @@
-"""Labelled rows, the prompts made of them, and their tokens.
+"""A task's rows as prompts with options, split into what is trained on and what is held out.
 
-Owns reading, rendering and encoding. Needs no model: a tokenizer is handed in where tokens are
-wanted, so that rows can be checked before anything heavy is imported.
+Owns which row is in which split and how it reads as text. Knows no tokens, so that rows can be
+checked before anything heavy is imported.
 """
 
-import csv
 import functools
 import hashlib
-import io
+import itertools
 import json
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 
-from orchestrator import noise
-from orchestrator.assets import resolve_file
-from orchestrator.config import ConfigError, Source, Task
+from orchestrator import noise, rows
+from orchestrator.config import ConfigError, Task
 from orchestrator.records import Split
+from orchestrator.rows import Row
+from orchestrator.templates import Template
 
-HOLDOUT_PERMUTATION_SEED = 0  # fixed, so that every run of a task has the same held-out rows
+PERMUTATION_SEED = 0  # fixed, so that every run of a task has the same rows in each split
+HOLDOUT, DRAW_TRAIN, DRAW_TEST = range(3)  # permutations of their own
+DEMONSTRATION_END = "\n\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row as text: the prompt alone, the prompt with each option, and the right option."""
+    """A row as text: the prompt alone, the prompt with each option, and the right option.
+
+    Where answers are generated, the first right answer is the one option.
+    """
 
     id: int
     prompt: str
     texts: tuple[str, ...]
     label: int
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """An example as tokens: a sequence per option, and where the option's tokens stand in it."""
-
-    sequences: tuple[tuple[int, ...], ...]
-    spans: tuple[tuple[int, int], ...]
-    label: int
+    also_right: tuple[int, ...]
+    """Other right options."""
+    answers: tuple[str, ...]
+    """All right answers, where answers are generated."""
+    unconditional: tuple[str, tuple[str, ...]] | None
+    """For calibration: prompt and texts without the row; None where nothing is calibrated."""
+    origin: str
+    """File and line, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskData:
-    """The examples of both splits; an example's id is its place in its split."""
+    """The examples of the splits; an example's id is its place in its split.
+
+    Those of `train` have the right option alone where the loss asks for no other.
+    """
 
     train: tuple[Example, ...]
+    dev: tuple[Example, ...]
     test: tuple[Example, ...]
+    demonstrations: str
+    """Stands before every prompt."""
 
     def split(self, name: Split) -> tuple[Example, ...]:
-        return self.train if name == "train" else self.test
+        return {"train": self.train, "dev": self.dev, "test": self.test}[name]
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all examples' texts and labels."""
-        digest = hashlib.sha256()
-        for example in (*self.train, *self.test):
-            digest.update(json.dumps([example.texts, example.label]).encode())
+        digest = hashlib.sha256(self.demonstrations.encode())
+        for example in (*self.train, *self.dev, *self.test):
+            others = [part for part in (example.also_right, example.answers) if part]
+            digest.update(json.dumps([example.texts, example.label, *others]).encode())
         return digest.hexdigest()
 
 
 def load(task: Task) -> TaskData:
     """Read and render all rows. Raises ConfigError for whatever is wrong with file or rows."""
-    rows = _read_rows("task.train", task.train)
+    train = rows.read("task.train", task.train)
     if task.test is not None:
-        test_rows = _read_rows("task.test", task.test)
+        test = rows.read("task.test", task.test)
     else:
         assert task.holdout is not None  # the configuration has one of the two
-        if task.holdout >= len(rows):
+        if task.holdout >= len(train):
             raise ConfigError(
-                f"task.holdout: {task.holdout} rows cannot be held out of {len(rows)}; "
+                f"task.holdout: {task.holdout} rows cannot be held out of {len(train)}; "
                 "at least one must be left to train on"
             )
-        order = noise.permutation(HOLDOUT_PERMUTATION_SEED, 0, len(rows))
-        shuffled = [rows[index] for index in order]
-        rows, test_rows = shuffled[: -task.holdout], shuffled[-task.holdout :]
-    return TaskData(
-        train=tuple(_render(task, index, row) for index, row in enumerate(rows)),
-        test=tuple(_render(task, index, row) for index, row in enumerate(test_rows)),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    fields: dict[str, Any]
-    origin: str
-    """File and line, for messages."""
-
-
-def _read_rows(key: str, source: Source) -> list[_Row]:
-    path = resolve_file(f"{key}.path", source.path)
-    readers = {".jsonl": _read_json_lines, ".csv": _read_csv}
-    if path.suffix not in readers:
-        raise ConfigError(f"{key}.path: {source.path}: must end in {' or '.join(readers)}")
-    rows = []
-    for row in readers[path.suffix](key, path):
-        for field in (*source.where, *source.rename):
-            if field not in row.fields:
-                raise ConfigError(
-                    f"{key}: {field} is not a field of {row.origin}; it has {_names(row.fields)}"
-                )
-        if all(str(row.fields[field]) == value for field, value in source.where.items()):
-            renamed = {source.rename.get(name, name): row.fields[name] for name in row.fields}
-            rows.append(_Row(renamed, row.origin))
-    if not rows:
-        chosen = f" where {source.where}" if source.where else ""
-        raise ConfigError(f"{key}.path: {source.path}: holds no rows{chosen}")
-    return rows
-
-
-def _read_json_lines(key: str, path: Path) -> list[_Row]:
-    rows = []
-    for number, line in enumerate(_text(key, path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{key}.path: {path}:{number}: not JSON: {error.msg}") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{key}.path: {path}:{number}: must be an object, is {line[:40]}")
-        rows.append(_Row(fields, f"{path}:{number}"))
-    return rows
-
-
-def _read_csv(key: str, path: Path) -> list[_Row]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(_text(key, path), newline=""))
-    try:
-        return [_Row(dict(fields), f"{path}:{reader.line_num}") for fields in reader]
-    except csv.Error as error:
-        raise ConfigError(f"{key}.path: {path}:{reader.line_num}: not CSV: {error}") from None
-
-
-def _text(key: str, path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}.path: {path}: cannot be read: {error}") from None
-
-
-def _names(fields: dict[str, Any]) -> str:
-    return ", ".join(map(str, fields))
-
-
-def _render(task: Task, index: int, row: _Row) -> Example:
-    def fill(option: str) -> str:
-        def value(match: re.Match[str]) -> str:
-            name = match[1]
-            if name == "option":
-                return option
-            if name not in row.fields:
-                raise ConfigError(
-                    f"task.template: {{{name}}} is not a field of {row.origin}; "
-                    f"it has {_names(row.fields)}"
-                )
-            if row.fields[name] is None:
-                raise ConfigError(f"task.template: {{{name}}} has no value in {row.origin}")
-            return str(row.fields[name])
-
-        return re.sub(r"\{(\w+)\}", value, task.template)
-
-    return Example(
-        id=index,
-        prompt=fill("").rstrip(),
-        texts=tuple(fill(option) for option in task.options),
-        label=_label(task, row),
-    )
-
-
-def _label(task: Task, row: _Row) -> int:
-    if task.label not in row.fields:
-        raise ConfigError(
-            f"task.label: {task.label} is not a field of {row.origin}; it has {_names(row.fields)}"
-        )
-    value = str(row.fields[task.label])
-    if value in task.options:
-        return task.options.index(value)
-    if value.isdecimal() and int(value) < len(task.options):
-        return int(value)
-    accepted = f"0 to {len(task.options) - 1} or one of {', '.join(task.options)}"
-    raise ConfigError(f"task.label: {row.origin}: {value!r} is not an option; accepted: {accepted}")
-
-
-class Encoder:
-    """All examples of a task as tokens."""
-
-    def __init__(
-        self,
-        data: TaskData,
-        tokenize: Callable[[list[str]], list[list[int]]],
-        *,
-        bos: int | None,
-        max_length: int,
-    ) -> None:
-        """Encode everything, so that what is wrong is told before the first step.
-
-        `tokenize` adds the special tokens that the model expects; a `bos` that stands first
-        survives a cut. Raises ConfigError where an option cannot be told from its prompt in
-        tokens, or nothing of a prompt would be left.
-        """
-        self._bos = bos
-        self._max_length = max_length
-        self._splits: dict[Split, list[Encoding]] = {}
-        for split in get_args(Split):
-            examples = data.split(split)
-            texts = [text for example in examples for text in (example.prompt, *example.texts)]
-            tokens = iter(tokenize(texts))
-            self._splits[split] = [
-                self._encode(example, next(tokens), [next(tokens) for _ in example.texts])
-                for example in examples
-            ]
-
-    def encode(self, split: Split, ids: Sequence[int]) -> list[Encoding]:
-        return [self._splits[split][id] for id in ids]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        encodings = [encoding for split in self._splits.values() for encoding in split]
-        return max(len(tokens) for encoding in encodings for tokens in encoding.sequences)
-
-    def _encode(self, example: Example, prompt: list[int], sequences: list[list[int]]) -> Encoding:
-        for tokens, text in zip(sequences, example.texts, strict=True):
-            if not prompt or tokens[: len(prompt)] != prompt or len(tokens) == len(prompt):
-                raise ConfigError(
-                    f"task.template: the tokenizer merges prompt and option in {text[-60:]!r}; "
-                    "put text, and a space or a line break, before {option}"
-                )
-        excess = max(0, max(map(len, sequences)) - self._max_length)
-        if excess and excess >= len(prompt) - 1:
-            longest = max(len(tokens) - len(prompt) for tokens in sequences)
+        train = _permuted(train, HOLDOUT)
+        train, test = train[: -task.holdout], train[-task.holdout :]
+    if task.num_test is not None:
+        if task.num_test > len(test):
             raise ConfigError(
-                f"task.max_length: {self._max_length} leaves no room for a prompt before an "
-                f"option of {longest} tokens"
+                f"task.num_test: {task.num_test} is more than the {len(test)} rows to test on"
             )
-        return Encoding(
-            sequences=tuple(self._cut(tokens, excess) for tokens in sequences),
-            spans=tuple((len(prompt) - excess, len(tokens) - excess) for tokens in sequences),
-            label=example.label,
+        test = _permuted(test, DRAW_TEST)[: task.num_test]
+    shown, train, dev = _drawn(task, train)
+    render = Renderer(task)
+    return TaskData(
+        train=tuple(render(index, row, training=True) for index, row in enumerate(train)),
+        dev=tuple(render(index, row) for index, row in enumerate(dev)),
+        test=tuple(render(index, row) for index, row in enumerate(test)),
+        demonstrations="".join(render.answered(row) + DEMONSTRATION_END for row in shown),
+    )
+
+
+def _permuted(chosen: Sequence[Row], stream: int) -> list[Row]:
+    return [chosen[index] for index in noise.permutation(PERMUTATION_SEED, stream, len(chosen))]
+
+
+def _drawn(task: Task, train: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Demonstrations, rows to train on, and dev rows: as MeZO's, dev rows are drawn last."""
+    num_shown, num_dev = task.demonstrations, task.num_dev or 0
+    if not num_shown and not num_dev and task.num_train is None:
+        return [], train, []
+    num_train = task.num_train or max(1, len(train) - num_shown - num_dev)
+    if num_shown + num_train + num_dev > len(train):
+        raise ConfigError(
+            f"task.num_train: {num_train}, task.num_dev: {num_dev} and task.demonstrations: "
+            f"{num_shown} are more than the {len(train)} rows of task.train; lower them"
+        )
+    order = iter(_permuted(train, DRAW_TRAIN))
+    shown, trained, dev = (
+        list(itertools.islice(order, size)) for size in (num_shown, num_train, num_dev)
+    )
+    return shown, trained, dev
+
+
+class Renderer:
+    """Makes a task's rows into examples."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._template = Template.parse(task.template)
+        self._unconditional = Template.parse(task.unconditional)
+        self._fields = [Template.parse(option).only_field for option in task.options]
+
+    def __call__(self, id: int, row: Row, training: bool = False) -> Example:
+        """Raises ConfigError, naming file and line, for a row without what the task asks for."""
+        answers: tuple[str, ...] = ()
+        if self._task.is_generated:
+            answers = self._answers(row)
+            options, right = list(answers[:1]), [0]
+        else:
+            options = self._option_texts(row)
+            right = self._right(row, options)
+            if training and self._task.loss == "lm":
+                options, right = [options[right[0]]], [0]
+        prompt, texts = self._fill("template", self._template, row, options)
+        is_calibrated = not training and not self._task.is_generated
+        return Example(
+            id=id,
+            prompt=prompt,
+            texts=texts,
+            label=right[0],
+            also_right=tuple(right[1:]),
+            answers=answers,
+            unconditional=self._fill("unconditional", self._unconditional, row, options)
+            if is_calibrated
+            else None,
+            origin=row.origin,
         )
 
-    def _cut(self, tokens: list[int], excess: int) -> tuple[int, ...]:
-        """Drop `excess` tokens from the left, but not a BOS token that stands first."""
-        if excess and tokens[0] == self._bos:
-            return (tokens[0], *tokens[1 + excess :])
-        return tuple(tokens[excess:])
+    def answered(self, row: Row) -> str:
+        """The row with its right option, as a demonstration."""
+        example = self(0, row)
+        return example.texts[example.label].strip()
+
+    def _fill(
+        self, key: str, template: Template, row: Row, options: Sequence[str]
+    ) -> tuple[str, tuple[str, ...]]:
+        """The text before the option, and the whole text with each."""
+
+        def value(path: str) -> str:
+            found = row.find(f"task.{key}", path)
+            if found is None or isinstance(found, list | dict):
+                what = "has no value" if found is None else "is not a single text"
+                raise ConfigError(f"task.{key}: {path} {what} in {row.origin}")
+            return str(found)
+
+        try:
+            rendered = [template.render(value, option) for option in options]
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"task.{key}: {row.origin}: {error}") from None
+        return rendered[0][0], tuple(whole for _, whole in rendered)
+
+    def _option_texts(self, row: Row) -> list[str]:
+        """The row's candidates; a field that holds a list stands for all of its texts."""
+        options: list[str] = []
+        for text, slot in zip(self._task.options, self._fields, strict=True):
+            if slot is None:
+                options.append(text)
+            else:
+                found = self._texts("task.options", row, slot.path)
+                try:
+                    options += [slot.apply(value, "") for value in found]
+                except ValueError as error:
+                    raise ConfigError(f"task.options: {row.origin}: {error}") from None
+        if not options:
+            raise ConfigError(f"task.options: {row.origin} holds none")
+        return options
+
+    def _answers(self, row: Row) -> tuple[str, ...]:
+        answers = self._texts("task.label", row, self._task.label)
+        if not answers:
+            raise ConfigError(f"task.label: {self._task.label} of {row.origin} holds no answer")
+        return tuple(answers)
+
+    def _texts(self, key: str, row: Row, path: str) -> list[str]:
+        """A field's text, or its texts where it holds a list."""
+        found = row.find(key, path)
+        values = found if isinstance(found, list) else [found]
+        for value in values:
+            if value is None or isinstance(value, list | dict):
+                raise ConfigError(f"{key}: {path} of {row.origin} holds no text: {value!r:.40}")
+        return [str(value) for value in values]
+
+    def _right(self, row: Row, options: list[str]) -> list[int]:
+        """Numbers of the right options, in the order in which the row names them."""
+        found = row.find("task.label", self._task.label)
+        if isinstance(found, list):
+            golds = dict.fromkeys(map(str, found))
+            right = [i for gold in golds for i, text in enumerate(options) if text == gold]
+        else:
+            right = self._named(str(found), options)
+        if not right:
+            names = self._task.label_names
+            accepted = f"0 to {len(options) - 1} or one of {', '.join([*options, *names])}"
+            raise ConfigError(
+                f"task.label: {row.origin}: {found!r} is not an option; accepted: {accepted}"
+            )
+        return right
+
+    def _named(self, value: str, options: list[str]) -> list[int]:
+        """The option of a name, a text or a number."""
+        names = [name.lower() for name in self._task.label_names]
+        if value.lower() in names:
+            return [names.index(value.lower())]
+        if value in options:
+            return [options.index(value)]
+        return [int(value)] if value.isdecimal() and int(value) < len(options) else []
 
 
 def batch(run_seed: int, step: int, size: int, num_examples: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.config import Config, ConfigError, known_keys, load
+from orchestrator.config import Config, ConfigError, Task, known_keys, load
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -65,9 +65,21 @@ REFUSALS = {
     "model.dtype=int8": "model.dtype: 'int8' is not accepted: input should be 'float32'",
     "run.steps=many": "run.steps: 'many' is not accepted",
     "run.seed=-1": "run.seed: -1 is not accepted",
-    "task.preset=sst3": "task.preset: 'sst3' is not a preset; there are: sst2",
-    "task.template={sentence} It was": "task.template: '{sentence} It was' does not end with",
+    "task.preset=sst3": "task.preset: 'sst3' is not a preset; there are: boolq, cb, copa, drop,",
+    "task.template={sentence} It was": "task.template: '{sentence} It was' has no place for",
+    "task.template={option}, {option}": "task.template: '{option}, {option}' has a place for the",
+    "task.template={a|upper} {option}": "task.template: {a|upper}: no text function is called",
+    "task.unconditional=It was": "task.unconditional: 'It was' has no place for {option}",
     "task.options=[great]": "task.options: ['great'] is not accepted",
+    "task.options=[]": "task.options: [] is not accepted: there must be two, or a field that holds",
+    "task.options=[Yes, No]": "task.options: [True, False]: YAML reads Yes and No as such; quote",
+    "task.options=['{option}', a]": "an option cannot hold {option}",
+    "task.label_names=[bad]": "task.label_names: ['bad'] are not as many as options: ['terrible',",
+    "task.metric=f1": "task.metric: f1 is of generated answers, which have no options",
+    "task={preset: squad, max_new_tokens: 512}": "task.max_new_tokens: 512 leaves nothing of max_",
+    "task={preset: squad, loss: option_ce}": "task.metric: f1 is of generated answers",
+    "task={preset: squad, stop: []}": "task.stop: [] is not accepted",
+    "task.num_dev=0": "task.num_dev: 0 is not accepted",
     "task.options=[great, great]": "task.options: ['great', 'great'] repeats an option",
     "task.holdout=null": "task.holdout: missing",
     "task.test={path: x}": "task.holdout: 1000 is given beside task.test",
@@ -88,6 +100,40 @@ def test_a_mistake_is_told_in_one_line_that_names_it(override: str) -> None:
         load(DEMO, [override])
     assert REFUSALS[override] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_preset_brings_its_rows_unless_others_are_given() -> None:
+    for name in ("rte", "squad"):
+        task = Task.model_validate({"preset": name})
+        assert task.test is not None
+        assert (task.train.split, task.test.split) == ("train", "validation")
+        assert task.train.path == task.test.path
+    assert Task.model_validate({"preset": "rte", "holdout": 9}).test is None
+    with pytest.raises(ValueError, match="holdout: missing"):
+        Task.model_validate({"preset": "rte", "train": {"path": "mine.jsonl"}})
+
+
+EARLIER_RECIPE = """
+model: {path: toy, dtype: float32}
+estimator: {num_seeds: 3, lr: 1.0e-3}
+task:
+  preset: sst2
+  template: "{sentence} It was {option}"
+  options: [terrible, great]
+  label: label
+  train: {path: rows.csv, where: {}, rename: {text: sentence}}
+  test: null
+  holdout: 100
+  max_length: 128
+run: {steps: 36}
+"""
+
+
+def test_a_run_recorded_before_a_key_was_added_keeps_its_identity(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(EARLIER_RECIPE)
+    recorded = "887cec391d057bb91314210395ca697b2223b32eedb54b70376c746f696b70c9"
+    assert load(path).identity() == recorded
 
 
 def test_momentum_wants_noise_that_a_seed_alone_decides() -> None:
@@ -119,7 +165,11 @@ def test_identity_holds_what_decides_the_ledger_and_nothing_else() -> None:
         assert identity(free) == identity()
     for moved in ("model.path=elsewhere", "model.device=auto", "task.train.path=elsewhere.csv"):
         assert identity(moved) == identity()
+    for shown in ("task.unconditional=So {option}", "task.label_names=[bad, good]"):
+        assert identity(shown) == identity()
     for deciding in ("run.seed=1", "estimator.eps=0.5", "fleet.threads_per_replica=2"):
+        assert identity(deciding) != identity()
+    for deciding in ("task.loss=lm", "task.demonstrations=2", "task.num_dev=2"):
         assert identity(deciding) != identity()
 
 

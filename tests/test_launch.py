@@ -72,8 +72,8 @@ def test_mistakes_are_told_in_one_line(recipe_path: Path, tmp_path: Path) -> Non
         "space={kind: lora, slots: 3}": "space.slots: 3 is not accepted",
         "space={kind: dense, slots: 4}": "space.slots: is of no use to space.kind=dense",
         "model.quantization=fp8": "space.kind=dense trains the base weights",
-        "task.template={film} {option}": "task.template: {film} is not a field of",
-        "task.template={sentence} It was": "does not end with {option}",
+        "task.template={film} {option}": "task.template: film is not a field of",
+        "task.template={sentence} It was": "has no place for {option}",
     }.items():
         assert words in mistake("train", recipe_path, override, f"run.dir={tmp_path}/run")
     assert "nowhere.yaml: cannot be read" in mistake("train", tmp_path / "nowhere.yaml")

@@ -7,13 +7,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
+    {"presets", "templates", "answers"},
     {"config", "records", "environment", "output"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
     | {"attention_triton", "norm_triton"},
+    {"rows"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
-    | {"prefix_slots", "score_attention"},
+    | {"prefix_slots", "score_attention", "encoder"},
     {"score_graphs", "pools"},
     {"generation"},
     {"engine", "sglang_models", "export"},
@@ -29,6 +31,8 @@ LAYERS = [
 # Packages that only some modules may know.
 OWNERS = {
     "ray": {"actors"},
+    "datasets": {"rows"},
+    "pyarrow": {"rows"},
     "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
     | {"score_graphs", "score_attention", "pools", "generation"},
     "triton": {"adapter_kernels_triton", "attention_triton", "norm_triton"},

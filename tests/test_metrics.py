@@ -74,6 +74,13 @@ def test_plain_output_tells_step_loss_gradient_speed_time_left_and_accuracy() ->
 def test_accuracy_and_the_file_of_scores(tmp_path: Path) -> None:
     scores = [ExampleScore(0, 1, (-2.0, -1.0), 1), ExampleScore(1, 0, (-2.0, -1.0), 1)]
     assert accuracy(scores) == 0.5
+    assert accuracy([*scores, ExampleScore(2, 0, (-2.0, -1.0), 1, also_right=(1,))]) == 2 / 3
     write_scores(tmp_path / "scores.jsonl", scores)
     lines = (tmp_path / "scores.jsonl").read_text().splitlines()
-    assert json.loads(lines[0]) == {"id": 0, "label": 1, "scores": [-2.0, -1.0], "prediction": 1}
+    assert json.loads(lines[0]) == {
+        "id": 0,
+        "label": 1,
+        "scores": [-2.0, -1.0],
+        "prediction": 1,
+        "also_right": [],
+    }

@@ -27,32 +27,14 @@ def task(path: str, **others: Any) -> Task:
     return Task.model_validate(values)
 
 
-def encoder(data: tasks.TaskData, max_length: int = 64, bos: int | None = None) -> tasks.Encoder:
-    """A tokenizer of one token a word; numbers are the words' lengths."""
-    first = [] if bos is None else [bos]
-
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        return [first + [*map(len, text.split())] for text in texts]
-
-    return tasks.Encoder(data, tokenize, bos=bos, max_length=max_length)
-
-
 def test_rows_become_prompts_with_every_option(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     data = tasks.load(task(path, holdout=None, test={"path": path}))
-    assert data.train == data.test
+    assert [row.texts for row in data.train] == [row.texts for row in data.test]
     assert data.train[1].prompt == "it {was} great It was"
     assert data.train[1].texts == ("it {was} great It was terrible", "it {was} great It was great")
     assert [example.label for example in data.train] == [0, 1, 1]
     assert [example.id for example in data.train] == [0, 1, 2]
-
-
-def test_csv_rows_are_selected_and_renamed(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text('text,label,source\n"two\nlines",1,a\nno,0,b\nyes,1,a\n')
-    source = {"path": str(path), "where": {"source": "a"}, "rename": {"text": "sentence"}}
-    data = tasks.load(Task.model_validate({"preset": "sst2", "train": source, "test": source}))
-    assert [example.prompt for example in data.train] == ["two\nlines It was", "yes It was"]
 
 
 def test_held_out_rows_are_fixed_and_disjoint(tmp_path: Path) -> None:
@@ -76,16 +58,16 @@ REFUSALS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     r"rows.jsonl: holds no rows$": ([], {}),
     r"holds no rows where \{'label': '7'\}": (ROWS, {"where": {"label": "7"}}),
     r"rows.jsonl:2: must be an object, is 3": ([ROWS[0], 3], {}),
-    r"task.template: \{sentence\} is not a field of .*:1; it has text, label": (
+    r"task.template: sentence is not a field of .*:1; it has text, label": (
         [{"text": "a", "label": 0}],
         {},
     ),
     r"task.label: label is not a field of .*:1; it has sentence": ([{"sentence": "a"}], {}),
-    r"task.label: .*:2: '2' is not an option; accepted: 0 to 1 or one of terrible, great": (
+    r"task.label: .*:2: 2 is not an option; accepted: 0 to 1 or one of terrible, great, neg": (
         [ROWS[0], {"sentence": "a", "label": 2}],
         {},
     ),
-    r"task.template: \{sentence\} has no value in .*:2": (
+    r"task.template: sentence has no value in .*:2": (
         [ROWS[0], {"sentence": None, "label": 0}],
         {},
     ),
@@ -102,65 +84,145 @@ def test_bad_rows_are_refused_by_name(message: str, tmp_path: Path) -> None:
         tasks.load(settings)
 
 
-def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"sentence": "a", "label": 0}\n{"sentence"\n')
-    latin = tmp_path / "latin.jsonl"
-    latin.write_bytes(b'{"sentence": "\xe9", "label": 0}\n')
-    for path, message in {
-        str(tmp_path / "none.jsonl"): r"task.train.path: .*none.jsonl: no such file",
-        str(broken): r"broken.jsonl:2: not JSON",
-        str(latin): r"latin.jsonl: cannot be read: .*utf-8",
-        "package:nowhere/rows.csv": r"the package nowhere is not installed",
-        "package:numpy/rows.csv": r"the package numpy holds no file rows.csv",
-        __file__: r"must end in .jsonl or .csv",
-    }.items():
-        with pytest.raises(ConfigError, match=message):
-            tasks.load(task(path))
-
-
 def test_nothing_left_to_train_on_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ConfigError, match="task.holdout: 3 rows cannot be held out of 3"):
         tasks.load(task(path, holdout=3))
 
 
-def test_spans_are_the_options_tokens(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS)
-    settings = task(path, holdout=None, test={"path": path}, options=["great", "not so bad"])
-    encoding = encoder(tasks.load(settings)).encode("test", [1])[0]
-    assert encoding.sequences == ((2, 5, 5, 2, 3, 5), (2, 5, 5, 2, 3, 3, 2, 3))
-    assert encoding.spans == ((5, 6), (5, 8))
+def numbered(path: Path, count: int) -> str:
+    return write(path, [{"sentence": str(number), "label": number % 2} for number in range(count)])
 
 
-def test_long_prompts_lose_their_left_end_but_not_bos(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"sentence": "1 22 333 4444 55555", "label": 0}] * 2)
-    data = tasks.load(task(path))
-    assert encoder(data, 5).encode("train", [0])[0].sequences[0] == (4, 5, 2, 3, 8)
-    encoding = encoder(data, 5, bos=77).encode("train", [0])[0]
-    assert encoding.sequences[0] == (77, 5, 2, 3, 8)
-    assert encoding.spans[0] == (4, 5)
+def sentences(examples: tuple[tasks.Example, ...]) -> list[str]:
+    return [example.prompt.split()[0] for example in examples]
 
 
-@pytest.mark.parametrize("template", ["{sentence}{option}", "{option}"])
-def test_options_that_cannot_be_told_from_the_prompt_are_refused(
-    template: str, tmp_path: Path
+def test_splits_are_drawn_by_fixed_permutations(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "rows.jsonl", 60)
+    sizes: dict[str, Any] = {"num_train": 20, "num_dev": 10, "num_test": 15}
+    data = tasks.load(task(path, holdout=None, test={"path": path}, **sizes))
+    train, dev, test = map(sentences, (data.train, data.dev, data.test))
+    assert (len(train), len(dev), len(test)) == (20, 10, 15)
+    assert len({*train, *dev}) == 30
+    assert tasks.load(task(path, holdout=None, test={"path": path}, **sizes)) == data
+    # as in MeZO, the first rows of one order are trained on and those after them choose
+    more = tasks.load(task(path, holdout=None, test={"path": path}, num_train=30))
+    assert sentences(more.train) == train + dev
+    rest = tasks.load(task(path, holdout=20, num_dev=10))
+    assert (len(rest.train), len(rest.dev), len(rest.test)) == (30, 10, 20)
+    parts = (rest.train, rest.dev, rest.test)
+    assert len({text for part in parts for text in sentences(part)}) == 60
+
+
+def test_dev_rows_and_demonstrations_are_in_the_fingerprint(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "rows.jsonl", 30)
+    settings: list[dict[str, Any]] = [{}, {"num_dev": 3}, {"demonstrations": 2}]
+    prints = {tasks.load(task(path, **others)).fingerprint() for others in settings}
+    assert len(prints) == 3
+
+
+def test_demonstrations_are_answered_rows_that_are_not_trained_on(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "rows.jsonl", 30)
+    data = tasks.load(task(path, demonstrations=3))
+    shown = data.demonstrations.split("\n\n")
+    assert shown.pop() == ""
+    assert len(shown) == 3
+    for text in shown:
+        number, answer = text.split(" It was ")
+        assert answer == ("great" if int(number) % 2 else "terrible")
+        assert number not in sentences(data.train)
+    assert len(data.train) == 30 - 1 - 3
+    assert all("\n" not in example.prompt for example in data.test)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (
+            {"num_train": 9, "num_dev": 2},
+            "num_train: 9, task.num_dev: 2 and task.demonstr.* 10 rows",
+        ),
+        ({"num_dev": 10}, "task.num_dev: 10 .* more than the 10 rows of task.train; lower them"),
+        ({"demonstrations": 10}, "task.demonstrations: 10 are more than the 10 rows of task.train"),
+        ({"num_test": 2}, "task.num_test: 2 is more than the 1 rows to test on"),
+    ],
+)
+def test_more_rows_than_there_are_cannot_be_drawn(
+    others: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    data = tasks.load(task(write(tmp_path / "rows.jsonl", ROWS), template=template))
-    with pytest.raises(ConfigError, match=r"task.template: the tokenizer merges .*put text"):
-        encoder(data)
+    with pytest.raises(ConfigError, match=message):
+        tasks.load(task(numbered(tmp_path / "rows.jsonl", 11), **others))
 
 
-def test_no_room_for_a_prompt_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(ConfigError, match="task.max_length: 2 leaves no room"):
-        encoder(tasks.load(task(path)), max_length=2)
+def one(tmp_path: Path, row: dict[str, Any], **values: Any) -> tasks.Example:
+    """A single row under a task of one's own."""
+    source = {"path": write(tmp_path / "rows.jsonl", [row])}
+    values = {"template": "{text} {option}", "train": source, "test": source} | values
+    return tasks.load(Task.model_validate(values)).test[0]
 
 
-def test_a_prompt_of_one_token_is_accepted(tmp_path: Path) -> None:
-    data = tasks.load(task(write(tmp_path / "rows.jsonl", ROWS), template="So: {option}"))
-    assert encoder(data).encode("train", [0])[0].spans == ((1, 2), (1, 2))
-    assert encoder(data).longest == 2
+@pytest.mark.parametrize(
+    ("label", "right"),
+    [(1, 1), ("0", 0), ("No", 1), (True, 0), (False, 1), ("TRUE", 0), ("false", 1), (["No"], 1)],
+)
+def test_labels_are_numbers_texts_or_names(label: Any, right: int, tmp_path: Path) -> None:
+    names = {"options": ["Yes", "No"], "label_names": ["true", "false"]}
+    assert one(tmp_path, {"text": "a", "label": label}, **names).label == right
+
+
+@pytest.mark.parametrize("label", [True, 2, -1, "maybe", "1.0", ["maybe", 1], [], None, {"a": 1}])
+def test_a_label_that_is_no_option_is_refused(label: Any, tmp_path: Path) -> None:
+    """True is no number here: the first option may well be the one for yes."""
+    with pytest.raises(ConfigError, match=r"task.label: .*rows.jsonl:1: .* is not an option"):
+        one(tmp_path, {"text": "a", "label": label}, options=["Yes", "No"])
+
+
+def test_options_may_come_from_the_row(tmp_path: Path) -> None:
+    row = {"text": "a", "first": " x ", "more": ["y", 3, "y"], "label": ["y", "q"]}
+    example = one(tmp_path, row, options=["{first|strip}", "{more}", "z"])
+    assert example.texts == ("a x", "a y", "a 3", "a y", "a z")
+    assert (example.label, example.also_right) == (1, (3,))
+
+
+def test_fields_are_found_by_their_path(tmp_path: Path) -> None:
+    row = {"text": {"body": ["no", {"en": "hello"}]}, "answers": [{"t": "b"}, {"t": "c"}]}
+    values = {"template": "{text.title} {option}", "metric": "f1", "loss": "lm"}
+    with pytest.raises(ConfigError, match=r"text.title is not a field of .*:1; it has text, ans"):
+        one(tmp_path, row, label="answers.t", **values)
+    row["text"] = {"title": "T"}
+    example = one(tmp_path, row, label="answers.t", **values)
+    assert (example.answers, example.texts) == (("b", "c"), ("T b",))
+
+
+NO_ANSWER: dict[str, Any] = {"metric": "f1", "loss": "lm", "label": "gold"}
+BAD_ROWS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"text": "a", "some": []}, {"options": ["{some}"]}, "task.options: .*rows.jsonl:1 holds none"),
+    ({"text": "a", "some": None}, {"options": ["{some}"]}, "task.options: some of .*:1 holds no t"),
+    ({"text": "a"}, {"options": ["{some}"]}, "task.options: some is not a field of .*:1; it has t"),
+    ({"text": "a", "gold": []}, NO_ANSWER, "task.label: gold of .*rows.jsonl:1 holds no answer"),
+    ({"text": "a", "gold": [{}]}, NO_ANSWER, r"task.label: gold of .*:1 holds no text: \{\}"),
+    ({"text": ["a"], "gold": "b"}, NO_ANSWER, "task.template: text is not a single text in .*:1"),
+    (
+        {"text": "a", "gold": "b"},
+        {**NO_ANSWER, "template": "{text|as_connective} {option}"},
+        "task.template: .*rows.jsonl:1: 'a' is neither cause nor effect",
+    ),
+    (
+        {"text": "a"},
+        {"options": ["{text|as_connective}", "b"]},
+        "task.options: .*rows.jsonl:1: 'a' is neither cause nor effect",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "values", "message"), BAD_ROWS)
+def test_a_row_without_what_the_task_asks_for_is_refused(
+    row: dict[str, Any], values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        one(tmp_path, row, **values)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_epoch_shows_every_example_once_in_an_order_of_its_own() -> None:

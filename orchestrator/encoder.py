@@ -1,0 +1,153 @@
+"""A task's examples as tokens: what is scored, what is calibrated by, and what is continued.
+
+Knows neither the model nor its tokenizer, which is handed in as a function.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from orchestrator.config import ConfigError
+from orchestrator.records import Split
+from orchestrator.tasks import Example, TaskData
+
+TEXTS_PER_CALL = 1024  # bounds the tokens of long texts that exist before they are cut
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """An example as tokens: a sequence per option, and where the option's tokens stand in it."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    spans: tuple[tuple[int, int], ...]
+    label: int
+    also_right: tuple[int, ...]
+
+
+class Encoder:
+    """All examples of a task as tokens."""
+
+    def __init__(
+        self,
+        data: TaskData,
+        tokenize: Callable[[list[str]], list[list[int]]],
+        *,
+        bos: int | None,
+        max_length: int,
+        eos: int | None = None,
+    ) -> None:
+        """Encode everything, so that what is wrong is told before the first step.
+
+        `tokenize` adds the special tokens that the model expects; a `bos` that stands first
+        survives a cut. Raises ConfigError, naming file and line, where an option cannot be told
+        from its prompt in tokens, or nothing of a prompt would be left.
+        """
+        self._data = data
+        self._tokenize = tokenize
+        self._bos, self._eos = bos, eos
+        self._max_length = max_length
+        self._splits: dict[Split, list[Encoding]] = {}
+        for split in get_args(Split):
+            examples = data.split(split)
+            texts = (text for example in examples for text in (example.prompt, *example.texts))
+            tokens = self._tokens(data.demonstrations + text for text in texts)
+            self._splits[split] = [
+                self._encode(example, next(tokens), [next(tokens) for _ in example.texts])
+                for example in examples
+            ]
+
+    def encode(self, split: Split, ids: Sequence[int]) -> list[Encoding]:
+        return [self._splits[split][id] for id in ids]
+
+    def unconditional(self, split: Split, ids: Sequence[int]) -> list[Encoding]:
+        """What calibration scores beside `encode`'s, span for span: the options without the row.
+
+        Where nothing else stands before an option, a BOS token does, or an EOS token where the
+        model has none of that; ConfigError where it has neither. Not for the train split.
+        """
+        encodings = []
+        for example in (self._data.split(split)[id] for id in ids):
+            assert example.unconditional is not None, f"{split} is not calibrated"
+            prompt, texts = example.unconditional
+            before, *sequences = self._tokenize([prompt, *texts])
+            if not before:
+                first = self._first_token()
+                before, sequences = [first], [[first, *tokens] for tokens in sequences]
+            encodings.append(self._encode(example, before, sequences))
+        return encodings
+
+    def _first_token(self) -> int:
+        for token in (self._bos, self._eos):
+            if token is not None:
+                return token
+        raise ConfigError(
+            "task.unconditional: begins with the option, and the tokenizer has no BOS or EOS token "
+            "to stand before it; put text there"
+        )
+
+    def prompts(self, split: Split, ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+        """Prompts to be continued, cut so that so many more tokens do not exceed max_length."""
+        examples = [self._data.split(split)[id] for id in ids]
+        texts = (self._data.demonstrations + example.prompt for example in examples)
+        room = self._max_length - max_new_tokens
+        return [self._cut(tokens, max(0, len(tokens) - room)) for tokens in self._tokens(texts)]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        encodings = [encoding for split in self._splits.values() for encoding in split]
+        return max(len(tokens) for encoding in encodings for tokens in encoding.sequences)
+
+    def _tokens(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        texts = iter(texts)
+        while some := list(itertools.islice(texts, TEXTS_PER_CALL)):
+            yield from self._tokenize(some)
+
+    def _encode(self, example: Example, prompt: list[int], sequences: list[list[int]]) -> Encoding:
+        start = self._border(example, prompt, sequences)
+        # all options lose the same tokens, so that they follow the same prompt
+        excess = max(0, max(map(len, sequences)) - self._max_length)
+        if excess and excess >= start - 1:
+            longest = max(len(tokens) - start for tokens in sequences)
+            raise ConfigError(
+                f"task.max_length: {self._max_length} leaves no room for a prompt before an "
+                f"option of {longest} tokens, in {example.origin}"
+            )
+        return Encoding(
+            sequences=tuple(tuple(self._cut(tokens, excess)) for tokens in sequences),
+            spans=tuple((start - excess, len(tokens) - excess) for tokens in sequences),
+            label=example.label,
+            also_right=example.also_right,
+        )
+
+    def _border(self, example: Example, prompt: list[int], sequences: list[list[int]]) -> int:
+        """How many tokens of the sequences are the prompt's.
+
+        Tokenizers may draw white space at the prompt's end to what follows; it is the option's
+        then. Where they draw more, no token begins where the option does.
+        """
+        if _is_before(prompt, sequences):
+            return len(prompt)
+        text = self._data.demonstrations + example.prompt.rstrip()
+        (shorter,) = self._tokenize([text])
+        if _is_before(shorter, sequences):
+            return len(shorter)
+        raise ConfigError(
+            f"task.template: the tokenizer merges prompt and option in {example.texts[0][-60:]!r}, "
+            f"{example.origin}; put text, and a space or a line break, before {{option}}"
+        )
+
+    def _cut(self, tokens: list[int], excess: int) -> list[int]:
+        """Drop `excess` tokens from the left, but not a BOS token that stands first."""
+        if excess and tokens[0] == self._bos:
+            return [tokens[0], *tokens[1 + excess :]]
+        return tokens[excess:]
+
+
+def _is_before(prompt: list[int], sequences: list[list[int]]) -> bool:
+    """Whether every sequence goes on where the prompt ends."""
+    size = len(prompt)
+    return bool(prompt) and all(
+        len(tokens) > size and tokens[:size] == prompt for tokens in sequences
+    )

@@ -1,0 +1,190 @@
+"""The tasks' losses and scores by our engine, against transformers on the tables' texts."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_tokenizers
+import suite
+import torch
+from conftest import DEVICE
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from orchestrator import tasks
+from orchestrator.config import Config, ConfigError, Task
+from orchestrator.encoder import Encoder, Encoding
+from orchestrator.engine import Engine
+from orchestrator.objectives import calibrated, token_cross_entropy
+from orchestrator.records import Probe
+from orchestrator.replica import Replica, batch_loss
+from orchestrator.score_plan import SpanScore
+
+NUM_ROWS = 20
+
+
+@dataclass
+class Model:
+    """One small Llama, as a folder, in transformers and in our engine."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerFast
+    reference: PreTrainedModel
+
+    @torch.no_grad()
+    def logprobs(self, before: str, after: str) -> torch.Tensor:
+        """Of the tokens that the text has more than `before`, one by one."""
+        tokens = self.tokenizer(before + after)["input_ids"]
+        start = len(self.tokenizer(before)["input_ids"])
+        rows = self.reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        wanted: torch.Tensor = rows[range(start - 1, len(tokens) - 1), tokens[start:]]
+        return wanted
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    cases = [suite.case(name, row) for name in suite.TASKS for row in suite.rows(name, 4, seed=1)]
+    texts = [case.stem + option for case in cases for option in case.options]
+    tokenizer = small_tokenizers.llama(texts)
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+        )
+    )
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    reference.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Model(folder, tokenizer, reference.eval())
+
+
+@pytest.fixture(scope="module")
+def engine(model: Model) -> Iterator[Engine]:
+    made = Engine(str(model.folder), dtype="float32", device=DEVICE, kv_tokens=2048, threads=2)
+    yield made
+    made.close()
+
+
+def task(name: str, folder: Path, rows: list[dict[str, Any]]) -> Task:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(path)}
+    return Task.model_validate({"preset": name, "train": source, "test": source})
+
+
+def scores(engine: Engine, encodings: list[Encoding]) -> list[list[SpanScore]]:
+    flat = engine.score(
+        [tokens for encoding in encodings for tokens in encoding.sequences],
+        [span for encoding in encodings for span in encoding.spans],
+    )
+    spans = iter(flat.spans)
+    return [[next(spans) for _ in encoding.spans] for encoding in encodings]
+
+
+def expected_loss(model: Model, cases: list[suite.Case]) -> float:
+    """As MeZO's, over the batch."""
+    if cases[0].loss == "lm":
+        right = [model.logprobs(case.stem, case.options[case.right[0]]) for case in cases]
+        return -float(torch.cat(right).mean())
+    losses = []
+    for case in cases:
+        logits = torch.stack([model.logprobs(case.stem, text).mean() for text in case.options])
+        losses.append(cross_entropy(logits, torch.tensor(case.right[0])))
+    return float(torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("name", suite.TASKS)
+def test_losses_and_scores_equal_transformers(
+    name: str, model: Model, engine: Engine, tmp_path: Path
+) -> None:
+    rows = suite.rows(name, NUM_ROWS)
+    cases = [suite.case(name, row) for row in rows]
+    settings = task(name, tmp_path, rows)
+    encoder = Encoder(
+        tasks.load(settings),
+        small_tokenizers.tokenize(model.tokenizer),
+        bos=model.tokenizer.bos_token_id,
+        max_length=settings.max_length,
+    )
+    ids = range(NUM_ROWS)
+    trained = encoder.encode("train", ids)
+    loss = batch_loss(settings.loss, trained, scores(engine, trained))
+    assert loss == pytest.approx(expected_loss(model, cases), abs=1e-4)
+
+    held_out = scores(engine, encoder.encode("test", ids))
+    for case, options in zip(cases, held_out, strict=True):
+        expected = [model.logprobs(case.stem, text) for text in case.options]
+        assert [option.mean for option in options] == pytest.approx(
+            [float(values.mean()) for values in expected], abs=1e-4
+        )
+    if cases[0].alone is None:
+        return
+    alone = scores(engine, encoder.unconditional("test", ids))
+    for case, options, without in zip(cases, held_out, alone, strict=True):
+        assert case.alone is not None
+        before, texts = case.alone
+        expected_sums = [
+            float(model.logprobs(case.stem, text).sum() - model.logprobs(before, other).sum())
+            for text, other in zip(case.options, texts, strict=True)
+        ]
+        sums = calibrated([option.sum for option in options], [option.sum for option in without])
+        assert sums == pytest.approx(expected_sums, abs=1e-4)
+
+
+def replica(name: str, model: Model, folder: Path, rows: list[dict[str, Any]]) -> Replica:
+    config = Config.model_validate(
+        {
+            "model": {"path": str(model.folder), "dtype": "float32", "kv_tokens": 2048},
+            "task": task(name, folder, rows).model_dump(),
+            "fleet": {"kind": "local"},
+            "run": {"steps": 1},
+        }
+    )
+    return Replica(config, DEVICE)
+
+
+def test_a_replica_trains_on_and_scores_options_that_differ_by_row(
+    model: Model, tmp_path: Path
+) -> None:
+    rows = suite.rows("record", NUM_ROWS, seed=2)
+    cases = [suite.case("record", row) for row in rows]
+    made = replica("record", model, tmp_path, rows)
+    examples = (3, 1, 4, 15)
+    (answer,) = made.evaluate([], [Probe(0, 7, 0, 1e-3, examples)])
+    assert answer.value == pytest.approx(
+        expected_loss(model, [cases[id] for id in examples]), abs=1e-4
+    )
+    found = made.score([], "test", range(NUM_ROWS))
+    for case, score in zip(cases, found, strict=True):
+        means = [float(model.logprobs(case.stem, text).mean()) for text in case.options]
+        assert score.scores == pytest.approx(means, abs=1e-4)
+        best = max(range(len(means)), key=means.__getitem__)
+        assert (score.prediction, score.is_right) == (best, best in case.right)
+    assert {score.is_right for score in found} == {True, False}
+    made.close()
+
+
+def test_generated_answers_are_trained_on_and_not_scored(model: Model, tmp_path: Path) -> None:
+    rows = suite.rows("squad", NUM_ROWS, seed=2)
+    made = replica("squad", model, tmp_path, rows)
+    (answer,) = made.evaluate([], [Probe(0, 7, 0, 1e-3, (0, 1, 2))])
+    cases = [suite.case("squad", row) for row in rows[:3]]
+    assert answer.value == pytest.approx(expected_loss(model, cases), abs=1e-4)
+    with pytest.raises(ConfigError, match="task.metric: f1: answers cannot be generated yet"):
+        made.score([], "test", [0])
+    made.close()
+
+
+def test_every_token_of_a_batch_weighs_the_same() -> None:
+    assert token_cross_entropy([-2.0, -9.0], [1, 10]) == pytest.approx(1.0)
