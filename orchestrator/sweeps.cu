@@ -104,7 +104,7 @@ enum Format { NOTHING, FLOAT32, BFLOAT16, FLOAT16 };
 #define ALIGNED 0          // whether all rows begin with a block of words, and are whole vectors
 #define RANK 4             // of low-rank noise
 #define ROWS_A_TILE 4      // of low-rank noise
-#define TILES_DOWN 8       // tiles of low-rank noise that lie below each other
+#define TILES_ACROSS 4     // tiles of low-rank noise that lie side by side
 #define ONE_DRAW 0         // of low-rank noise: whether there is one draw
 #define WARPS 1            // of a program
 #define ROUNDS 2           // tiles of a warp
@@ -600,8 +600,8 @@ KERNEL update_once(
 }
 
 // Takes a step along low-rank noise. A tile is ROWS_A_TILE rows of 256 columns: what a lane reads
-// of a right factor serves all of them. The tiles of a program's warps lie below each other, so
-// that they share right factors in the cache; what follows lies beside them, as in memory.
+// of a right factor serves all of them. The tiles of a program's warps lie side by side, as in
+// memory, and those of a warp's rounds below each other: right factors stay in the cache.
 KERNEL low_rank_update(
     const Slice* __restrict__ slices,
     const int* __restrict__ owners,
@@ -612,14 +612,14 @@ KERNEL low_rank_update(
 ) {
     const Slice* slice = slices + owners[this_program()];
     i64 rows = slice->rows, columns = slice->columns;
-    int tiles_a_band = int(slice->tiles_a_row) * TILES_DOWN;
+    int tiles_down = int((rows + ROWS_A_TILE - 1) / ROWS_A_TILE);
     for (int round = 0; round < ROUNDS; ++round) {
         int number = tile_number(slice, round);
         if (number >= slice->num_tiles) return;
-        int band = number / tiles_a_band, place = number % tiles_a_band;
-        i64 first_row = (i64(band) * TILES_DOWN + place % TILES_DOWN) * ROWS_A_TILE;
-        i64 across = i64(place / TILES_DOWN) * (32 * EIGHT);
-        if (first_row >= rows) continue;
+        int row_of_tiles = number / TILES_ACROSS;
+        i64 first_row = i64(row_of_tiles % tiles_down) * ROWS_A_TILE;
+        int band = row_of_tiles / tiles_down, place = number % TILES_ACROSS;
+        i64 across = (i64(band) * TILES_ACROSS + place) * (32 * EIGHT);
         for (int part = this_lane(); part < 32; part += LANES) {
             // Of an unaligned row, what shares a block of rounding bits begins elsewhere.
             Eight eight[ROWS_A_TILE];
