@@ -9,7 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from orchestrator import estimator, tasks
+from orchestrator import estimator
+from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.evaluate import accuracy
 from orchestrator.metrics import Evaluation, Observer, StepMetrics
@@ -27,7 +28,7 @@ class Driver:
         ledger: Ledger,
         observers: Sequence[Observer],
         *,
-        num_train: int,
+        batches: Batches,
         num_test: int,
     ) -> None:
         """`fleet` is started; its replicas stand at the base model."""
@@ -35,7 +36,7 @@ class Driver:
         self._fleet = fleet
         self._ledger = ledger
         self._observers = observers
-        self._num_train = num_train
+        self._batches = batches
         self._num_test = num_test
         self._past = estimator.NO_PAST
         for record in ledger.records:
@@ -56,7 +57,7 @@ class Driver:
         """Plan, evaluate, estimate, write down, apply."""
         started = time.monotonic()
         settings, run = self._config.estimator, self._config.run
-        examples = tasks.batch(run.seed, step, settings.batch_size, self._num_train)
+        examples = self._batches.of(step)
         seeds = estimator.seeds(run.seed, step, settings.num_seeds)
         probes = estimator.probes(settings, step, seeds, examples)
 

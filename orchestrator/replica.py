@@ -7,6 +7,7 @@ the replica may be missing, so that a call's answer depends on nothing but its a
 import importlib.metadata
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numba
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from orchestrator import checkpoint, tasks
+from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError
 from orchestrator.encoder import Encoder, Encoding
 from orchestrator.engine import Engine, Launched
@@ -23,6 +25,18 @@ from orchestrator.score_plan import ScorePlan, Scores, SpanScore
 from orchestrator.spaces import SpacePlan
 
 RECORDED_PACKAGES = ("sglang", "torch", "transformers", "ray", "numpy")
+
+Adapters = tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step's training examples, and how the engine is to score them."""
+
+    examples: tuple[int, ...]
+    encodings: list[Encoding]
+    plans: dict[Adapters, ScorePlan]
+    """By the adapters that they are scored under."""
 
 
 class Replica:
@@ -63,6 +77,8 @@ class Replica:
                 f"tokens does not fit into the KV pool's {self.engine.kv_tokens}; raise "
                 "model.kv_tokens, or lower space.slots"
             )
+        self._batches = Batches(config, [example.label for example in data.train])
+        self._latest: list[Batch] = []
         self._next_step = 0
         self.info = ReplicaInfo(
             model_class=type(self.engine.model).__name__,
@@ -78,20 +94,22 @@ class Replica:
         self._catch_up(updates)
         if not probes:
             return []
-        encodings = self._encoder.encode("train", self._examples(probes))
-        launches: dict[tuple[str | None, ...], list[Launched]] = {}
-        plans: dict[tuple[str | None, ...], ScorePlan] = {}
+        batch = self._batch(self._examples(probes))
+        launches: dict[Adapters, list[Launched]] = {}
         order = []
         with closing(self.space.placed(probes)) as groups:
             for group in groups:
                 adapters = tuple(placed.adapter for placed in group)
-                if adapters not in plans:
-                    plans[adapters] = self._plan(encodings, adapters)
-                launches.setdefault(adapters, []).append(self.engine.launch(plans[adapters]))
+                plan = self._planned(batch, adapters)
+                launches.setdefault(adapters, []).append(self.engine.launch(plan))
                 order.append(adapters)
         # The device has all forwards by now; waiting for one before the next would leave it idle.
+        # What it takes for them is time to plan the next step's batch.
+        following = self._batch(self._batches.of(self._next_step + 1))
+        for adapters in launches:
+            self._planned(following, adapters)
         losses = {
-            adapters: iter(self._losses(encodings, plans[adapters], launched))
+            adapters: iter(self._losses(batch.encodings, batch.plans[adapters], launched))
             for adapters, launched in launches.items()
         }
         return [loss for adapters in order for loss in next(losses[adapters])]
@@ -156,7 +174,20 @@ class Replica:
             assert probe.examples == probes[0].examples, "a step's probes score the same examples"
         return probes[0].examples
 
-    def _plan(self, encodings: Sequence[Encoding], adapters: tuple[str | None, ...]) -> ScorePlan:
+    def _batch(self, examples: tuple[int, ...]) -> Batch:
+        """The batch of these training examples; of the last few, the same one again."""
+        found = [batch for batch in self._latest if batch.examples == examples]
+        batch = found[0] if found else Batch(examples, self._encoder.encode("train", examples), {})
+        self._latest = [batch, *(other for other in self._latest if other is not batch)][:2]
+        return batch
+
+    def _planned(self, batch: Batch, adapters: Adapters) -> ScorePlan:
+        """How the engine is to score a batch under adapters."""
+        if adapters not in batch.plans:
+            batch.plans[adapters] = self._plan(batch.encodings, adapters)
+        return batch.plans[adapters]
+
+    def _plan(self, encodings: Sequence[Encoding], adapters: Adapters) -> ScorePlan:
         return self.engine.plan(
             [sequence for encoding in encodings for sequence in encoding.sequences],
             [span for encoding in encodings for span in encoding.spans],

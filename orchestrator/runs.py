@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestrator import assets, metrics, output, tasks
+from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError, load
 from orchestrator.driver import Driver
 from orchestrator.evaluate import accuracy, write_scores
@@ -146,7 +147,7 @@ def _train(run: Run, display: Display) -> None:
             fleet,
             ledger,
             [records, display, speed],
-            num_train=len(run.data.train),
+            batches=Batches(run.config, [example.label for example in run.data.train]),
             num_test=num_held_out,
         )
         if ledger.next_step:

@@ -4,14 +4,11 @@ Owns which row is in which split and how it reads as text. Knows no tokens, so t
 checked before anything heavy is imported.
 """
 
-import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from orchestrator import noise, rows
 from orchestrator.config import ConfigError, Task
@@ -237,18 +234,3 @@ class Renderer:
         if value in options:
             return [options.index(value)]
         return [int(value)] if value.isdecimal() and int(value) < len(options) else []
-
-
-def batch(run_seed: int, step: int, size: int, num_examples: int) -> tuple[int, ...]:
-    """Ids of a step's training examples: each epoch goes through all of them in an order of its
-    own, and a batch may reach into the next epoch."""
-    ids = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, place = divmod(position, num_examples)
-        ids.append(int(_epoch_order(run_seed, epoch, num_examples)[place]))
-    return tuple(ids)
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_order(run_seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return noise.permutation(run_seed, epoch, num_examples)

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from orchestrator import noise
+from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.driver import Driver
 from orchestrator.records import ExampleScore, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
@@ -79,7 +80,7 @@ def train(chosen: Config, path: Path) -> tuple[Ledger, NDArray[np.float64]]:
     """A run's ledger, new or continued, and the weights that it leads to."""
     fleet = ToyFleet()
     with Ledger.open(path, HEADER) if path.exists() else Ledger.create(path, HEADER) as ledger:
-        Driver(chosen, fleet, ledger, [], num_train=20, num_test=5).train()
+        Driver(chosen, fleet, ledger, [], batches=Batches(chosen, [0] * 20), num_test=5).train()
     return ledger, fleet.weights
 
 

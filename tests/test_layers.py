@@ -13,7 +13,7 @@ LAYERS = [
     | {"attention_triton", "norm_triton"},
     {"rows"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
-    | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling"},
+    | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
     | {"prefix_slots", "score_attention", "encoder"},
     {"score_graphs", "pools"},

@@ -1,7 +1,6 @@
 """Rows to prompts to tokens, and what is wrong with rows, told by file, line and field."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +222,3 @@ def test_a_row_without_what_the_task_asks_for_is_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         one(tmp_path, row, **values)
     assert "\n" not in str(caught.value)
-
-
-def test_every_epoch_shows_every_example_once_in_an_order_of_its_own() -> None:
-    ids = [id for step in range(20) for id in tasks.batch(5, step, size=6, num_examples=40)]
-    epochs = [ids[start : start + 40] for start in (0, 40, 80)]
-    assert all(Counter(epoch) == Counter(range(40)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != list(range(40))
-    assert tasks.batch(6, 0, 6, 40) != tasks.batch(5, 0, 6, 40)
