@@ -9,6 +9,7 @@ that remains with all slots in one forward, paired, medians, and the time to wri
 import sys
 import tempfile
 from contextlib import closing
+from typing import Any
 
 from orchestrator import dist_patch, environment
 
@@ -17,7 +18,18 @@ environment.prepare(NUM_THREADS)
 
 import torch  # noqa: E402
 
-from benchmarks.measure import DEVICE, DTYPE, ON_GPU, header, medians, paired  # noqa: E402
+from benchmarks.measure import (  # noqa: E402
+    DEVICE,
+    DTYPE,
+    ON_GPU,
+    free_memory,
+    header,
+    medians,
+    paired,
+    print_table,
+    ratio,
+    write_results,
+)
 from benchmarks.shapes import SHAPES  # noqa: E402
 
 dist_patch.apply(DEVICE)
@@ -47,7 +59,8 @@ def load(name: str, folder: str, plan: AdapterPlan | None) -> Engine:
     )
 
 
-def compare(name: str, modules: tuple[str, ...]) -> None:
+def compare(name: str, modules: tuple[str, ...], turns: int = NUM_TURNS) -> dict[str, Any]:
+    """A row: tokens a second without and with slots, the share that is left, and the writing."""
     plan = AdapterPlan(NUM_SLOTS + 1, RANK, 2.0, modules)
     with tempfile.TemporaryDirectory() as folder:
         plain, adapted = load(name, folder, None), load(name, folder, plan)
@@ -66,21 +79,27 @@ def compare(name: str, modules: tuple[str, ...]) -> None:
         "slots": lambda: adapted.score(tokens[:NUM_PROMPTS], spans[:NUM_PROMPTS], adapters=names),
         "write": lambda: list(space.placed(probes)),
     }
-    taken = medians(paired(calls, NUM_TURNS))
+    times = paired(calls, turns)
+    taken = medians(times)
     num_tokens = NUM_SLOTS * NUM_PROMPTS * NUM_TOKENS
-    print(
-        f"{name}, {'+'.join(modules) if len(modules) < 4 else 'all-linear'}: plain prefill "
-        f"{num_tokens / taken['plain']:.0f} tokens/s; {NUM_SLOTS} slots of rank {RANK} in one "
-        f"forward {num_tokens / taken['slots']:.0f} ({taken['plain'] / taken['slots']:.2f}); "
-        f"writing them {1e3 * taken['write']:.2f} ms",
-        flush=True,
-    )
     plain.close()
     adapted.close()
+    return {
+        "shape": name,
+        "targets": "all linear" if modules == SHAPES[name].modules else ", ".join(modules),
+        "plain_tokens_a_second": num_tokens / taken["plain"],
+        "tokens_a_second": num_tokens / taken["slots"],
+        "share": ratio(times, "plain", "slots"),
+        "write_ms": 1e3 * taken["write"],
+    }
 
 
 if __name__ == "__main__":
     print(header())
+    rows = []
     for model in sys.argv[1:] or DEFAULT_MODELS:
-        compare(model, ("q_proj", "v_proj"))
-        compare(model, SHAPES[model].modules)
+        for targets in (("q_proj", "v_proj"), SHAPES[model].modules):
+            rows.append(compare(model, targets))
+            print_table([*rows[-1]], [[*rows[-1].values()]])
+            free_memory()
+    write_results("adapters", rows)

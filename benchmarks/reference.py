@@ -129,7 +129,7 @@ class Mezo:
         seeds = [self._seeds.randrange(SEED_LIMIT) for _ in range(self._num_probes)]
         estimates = [(seed, self._gradient(seed, batch)) for seed in seeds]
         for seed, gradient in estimates:
-            self._update(seed, gradient)
+            self.update(seed, gradient)
         return estimates
 
     @torch.no_grad()
@@ -153,7 +153,8 @@ class Mezo:
         with self.forwards.running():
             return batch.loss(self.model)
 
-    def _update(self, seed: int, gradient: float) -> None:
+    @torch.no_grad()
+    def update(self, seed: int, gradient: float) -> None:
         """parameters = parameters - lr / probes * (gradient * z(seed) + weight_decay * parameters)
 
         Norms and biases do not decay.

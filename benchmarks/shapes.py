@@ -14,6 +14,9 @@ class Shape:
     modules: tuple[str, ...]
 
 
+LLAMA_MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+
+
 def opt(hidden_size: int, num_layers: int, num_heads: int, vocabulary: int = 50272) -> Shape:
     config = OPTConfig(
         vocab_size=vocabulary,
@@ -31,6 +34,19 @@ SHAPES = {
     "opt-125m": opt(768, 12, 12),
     "opt-1.3b": opt(2048, 24, 32),
     "opt-13b": opt(5120, 40, 40),
+    "smollm2-135m": Shape(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            architectures=["LlamaForCausalLM"],
+        ),
+        LLAMA_MODULES,
+    ),
     "llama-3-8b": Shape(
         LlamaConfig(
             vocab_size=128256,
@@ -41,6 +57,6 @@ SHAPES = {
             num_key_value_heads=8,
             architectures=["LlamaForCausalLM"],
         ),
-        ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"),
+        LLAMA_MODULES,
     ),
 }

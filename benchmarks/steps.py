@@ -11,14 +11,15 @@ adapters; a step of one probe is held against two. What is compared runs turn by
 
 `--tokens`: 16x64 is a block of sequences all of whose tokens are scored; sst2 is 16 prompts with
 two options, which the reference runs as padded sequences of their own. `--spaces`: dense and
-low_rank with the precision of their master; lora, and lora:fp8 over a base in 8 bits.
+low_rank with the precision of their master; lora, and lora:fp8 over a base in 8 bits; any with
+:rademacher behind it.
 """
 
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from orchestrator.engine import Engine, Launched  # noqa: E402
 from orchestrator.export import AdapterSettings  # noqa: E402
 from orchestrator.lora import LoraSpace  # noqa: E402
 from orchestrator.low_rank import LowRankSpace  # noqa: E402
+from orchestrator.noise import NoiseKind  # noqa: E402
 from orchestrator.objectives import option_cross_entropy  # noqa: E402
 from orchestrator.parameters import CanonicalTensor, region  # noqa: E402
 from orchestrator.records import ProbeLoss, StepUpdate  # noqa: E402
@@ -77,6 +79,7 @@ COLUMNS = (
     ("ours / prefills", "ours_over_prefills"),
 )
 Row = dict[str, Any]
+Plans = dict[tuple[str | None, ...], ScorePlan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +114,18 @@ class SpaceChoice:
     kind: str
     master: torch.dtype = torch.float32
     quantization: str | None = None
+    noise: NoiseKind = "gaussian"
 
     @staticmethod
     def parse(text: str) -> "SpaceChoice":
-        kind, _, choice = text.partition(":")
+        kind, *choices = text.split(":")
+        noise: NoiseKind = "rademacher" if "rademacher" in choices else "gaussian"
+        choice = next((each for each in choices if each != noise), "")
         if kind == "lora":
-            return SpaceChoice(kind, quantization=choice or None)
+            return SpaceChoice(kind, quantization=choice or None, noise=noise)
         if kind not in ("dense", "low_rank"):
             raise ValueError(f"--spaces: {text}: there are dense, lora and low_rank")
-        return SpaceChoice(kind, getattr(torch, choice or "float32"))
+        return SpaceChoice(kind, getattr(torch, choice or "float32"), noise=noise)
 
     def adapters(self, shape: Shape, num_slots: int) -> AdapterPlan | None:
         """What an engine must make room for."""
@@ -132,16 +138,16 @@ class SpaceChoice:
     def build(self, engine: Engine) -> Space:
         if self.kind == "dense":
             return DenseSpace(
-                live_tensors(engine.model), noise="gaussian", master_dtype=self.master
+                live_tensors(engine.model), noise=self.noise, master_dtype=self.master
             )
         assert engine.slots is not None
         if self.kind == "lora":
             settings = AdapterSettings(RANK, float(ALPHA), reference.LORA_MODULES)
-            return LoraSpace(engine.slots, settings, noise_kind="gaussian", seed=0)
+            return LoraSpace(engine.slots, settings, noise_kind=self.noise, seed=0)
         return LowRankSpace(
             live_tensors(engine.model),
             engine.slots,
-            noise_kind="gaussian",
+            noise_kind=self.noise,
             master_dtype=self.master,
             rank=RANK,
             run_seed=0,
@@ -168,14 +174,14 @@ class OurSteps:
         self.forwards = Stopwatch()
         self._engine, self._space = engine, space
         self._batches, self._settings = batches, settings.estimator
+        self._plans: dict[int, Plans] = {}
         self._num_steps = 0
 
     def step(self) -> None:
         step, settings = self._num_steps, self._settings
-        batch = self._batches[step % len(self._batches)]
+        batch, plans = self._planned(step)
         seeds = estimator.seeds(0, step, settings.num_seeds)
         probes = estimator.probes(settings, step, seeds, ())
-        plans: dict[tuple[str | None, ...], ScorePlan] = {}
         launches = []
         with closing(self._space.placed(probes)) as groups:
             for group in groups:
@@ -184,6 +190,9 @@ class OurSteps:
                     plans[adapters] = self._engine.plan(batch.sequences, batch.spans, adapters)
                 with self.forwards.running():
                     launches.append((adapters, self._engine.launch(plans[adapters])))
+        following, ahead = self._planned(step + 1)  # while the device works, as a replica does
+        for adapters in plans:
+            ahead[adapters] = self._engine.plan(following.sequences, following.spans, adapters)
         losses = [
             loss
             for adapters, launched in launches
@@ -194,6 +203,12 @@ class OurSteps:
         assert len(coefficients) == len(seeds), f"a loss is not finite: {losses}"
         self._space.apply(StepUpdate(step, seeds, tuple(coefficients), estimate.decay))
         self._num_steps += 1
+
+    def _planned(self, step: int) -> tuple[Batch, Plans]:
+        """A step's batch, and what is planned for it already; of the last two steps asked for."""
+        self._plans = {step: self._plans.pop(step, {}), **self._plans}
+        self._plans = dict(list(self._plans.items())[:2])
+        return self._batches[step % len(self._batches)], self._plans[step]
 
     def _losses(self, batch: Batch, plan: ScorePlan, launched: Launched) -> list[ProbeLoss]:
         (scores,) = self._engine.read(plan, [launched])
@@ -297,6 +312,21 @@ class Comparison:
         del ours, space
         engine.close()
         return list(self.rows.values())
+
+    @contextmanager
+    def our_steps(self) -> Iterator[dict[str, OurSteps]]:
+        """Our steps alone, by tokens."""
+        engine = self._load(
+            self._choice.adapters(self._shape, self._settings.num_forwards),
+            self._choice.quantization,
+        )
+        space = self._choice.build(engine)
+        yield {
+            tokens: OurSteps(engine, space, batches, self._settings)
+            for tokens, batches in self._batches.items()
+        }
+        del space
+        engine.close()
 
     def _load(self, plan: AdapterPlan | None, quantization: str | None) -> Engine:
         most = max(map(workloads.longest, self._batches.values())) * self._settings.num_forwards

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from benchmarks import measure, reference, steps, workloads
+from benchmarks import bars, measure, reference, steps, workloads
 from benchmarks.shapes import SHAPES
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.engine import Engine
@@ -167,3 +167,22 @@ def test_steps_keeps_what_it_measures(
         assert (row["turns"], row["num_probes"]) == (1, num_probes)
         assert {key for _, key in steps.COLUMNS} <= row.keys()
         assert all(value > 0 for value in row.values() if not isinstance(value, str))
+
+
+@pytest.mark.slow
+def test_bars_run_and_say_what_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--sections", "sweeps,updates,run", "--large", "opt-tiny", "--results", str(tmp_path)]
+    bars.main(chosen)
+    shown = capsys.readouterr().out
+    assert "update by 16 seeds, rademacher, opt-tiny; 16 of the reference's" in shown
+    (path,) = tmp_path.glob("bars-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert all(row["ours"] > 0 and row["ratio"] > 0 for row in rows)
+    assert len({row["what"] for row in rows}) == len(rows)
+
+
+def test_a_bar_holds_from_its_side() -> None:
+    assert [bars.Row("", 1, 1, ratio, 2.0).holds for ratio in (1.9, 2.0)] == ["NO", "yes"]
+    at_most = [bars.Row("", 1, 1, ratio, 2.0, at_most=True).holds for ratio in (2.0, 2.1)]
+    assert at_most == ["yes", "NO"]
+    assert bars.Row("", 1, 1, 1.0).holds == ""
