@@ -81,12 +81,18 @@ class ScoreGraphs:
         self._slots = slots
         self._graphs: OrderedDict[Shape, ScoreGraph] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
+        self._parameters = list(model_runner.model.parameters())
+        self._addresses: list[int] = []
 
     def run(self, batch: PlanBatch) -> torch.Tensor | None:
         """Log-probabilities, float32 [targets]; None for a batch that is too large for a graph."""
         shape = shape_of(batch)
         if shape.num_tokens > MAX_TOKENS:
             return None
+        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        if addresses != self._addresses:  # graphs read where parameters were at their capture
+            self._graphs.clear()
+            self._addresses = addresses
         if shape not in self._graphs:
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.popitem(last=False)

@@ -67,6 +67,32 @@ def test_replayed_scores_equal_eager_ones(
     replayed.close()
 
 
+def test_parameters_that_moved_are_not_read_where_they_were(
+    model_folders: dict[str, Path],
+) -> None:
+    eager, replayed = (
+        Engine(
+            str(model_folders["opt"]),
+            dtype="float32",
+            device="cuda",
+            kv_tokens=4096,
+            score_graphs=graphs,
+        )
+        for graphs in (False, True)
+    )
+    sequences, spans = batches()[0]
+    before = replayed.score(sequences, spans)
+    for engine in (eager, replayed):
+        for parameter in engine.model.parameters():
+            parameter.data = 1.01 * parameter.data
+    expected = [span.sum for span in eager.score(sequences, spans).spans]
+    moved = replayed.score(sequences, spans)
+    assert moved != before
+    assert [span.sum for span in moved.spans] == pytest.approx(expected, abs=1e-4)
+    eager.close()
+    replayed.close()
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_graphs_serve_adapters(
