@@ -1,130 +1,35 @@
 // Sweeps over slices of parameters: what sweeps.py promises, in the bits that noise.py specifies.
 //
-// One source for two compilers. NVRTC makes a GPU's kernels of it, compiled without fused
-// multiply-adds, which would round differently from a CPU (see sweeps_cuda.py). A host's compiler
-// makes the same functions of it, with warps of one lane, so that tests can check every bit
-// without a GPU.
-//
 // A slice is cut into tiles of neighbouring elements, a tile is one warp's, and a program of
 // several warps sweeps over tiles that follow each other. Every lane holds eight elements at a
-// time: as many as share a block of gaussian noise, and 16 bytes of 16-bit values.
+// time: as many as share a block of gaussian noise, and 16 bytes of 16-bit values. Compiled without
+// fused multiply-adds, which would round differently from a CPU; see sweeps_cuda.py.
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using i64 = long long;
-
-#ifdef __CUDACC__
-constexpr int LANES = 32;
-#define FUNCTION __device__ __forceinline__
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-#define SHARED __shared__
-FUNCTION int this_lane() { return threadIdx.x % LANES; }
-FUNCTION int this_warp() { return threadIdx.x / LANES; }
-FUNCTION int this_program() { return blockIdx.x; }
-FUNCTION void wait_for_program() { __syncthreads(); }
-FUNCTION void wait_for_warp() { __syncwarp(); }
-FUNCTION float as_float(u32 bits) { return __uint_as_float(bits); }
-FUNCTION u32 as_bits(float value) { return __float_as_uint(value); }
-FUNCTION bool is_finite(float value) { return fabsf(value) < __int_as_float(0x7F800000); }
-template <typename VALUE>
-FUNCTION VALUE* in_global_memory(VALUE* values) {  // which the compiler cannot know of a table's
-    __builtin_assume(__isGlobal(values));
-    return values;
-}
-FUNCTION void add_to(u64* sum, u64 value) { atomicAdd(sum, value); }
-FUNCTION u64 sum_over_warp(u64 value) {
-    for (int distance = LANES / 2; distance; distance /= 2)
-        value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
-    return value;
-}
-FUNCTION u32 to_bfloat16(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-FUNCTION u32 to_float16(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-FUNCTION float from_float16(u16 pattern) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(pattern));
-    return value;
-}
-#else
-#include <cmath>
-#include <cstring>
-constexpr int LANES = 1;
-#define FUNCTION inline
-#define KERNEL extern "C" void
-#define SHARED static
-#define __restrict__
-static int current_program;
-FUNCTION int this_lane() { return 0; }
-FUNCTION int this_warp() { return 0; }
-FUNCTION int this_program() { return current_program; }
-FUNCTION void wait_for_program() {}
-FUNCTION void wait_for_warp() {}
-FUNCTION float as_float(u32 bits) { float value; std::memcpy(&value, &bits, 4); return value; }
-FUNCTION u32 as_bits(float value) { u32 bits; std::memcpy(&bits, &value, 4); return bits; }
-FUNCTION bool is_finite(float value) { return std::isfinite(value); }
-template <typename VALUE>
-FUNCTION VALUE* in_global_memory(VALUE* values) { return values; }
-FUNCTION void add_to(u64* sum, u64 value) { *sum += value; }
-FUNCTION u64 sum_over_warp(u64 value) { return value; }
-FUNCTION u32 nearest_bfloat16(float value) {
-    u32 bits = as_bits(value);
-    return std::isnan(value) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-}
-FUNCTION u32 to_bfloat16(float low, float high) {
-    return nearest_bfloat16(low) | nearest_bfloat16(high) << 16;
-}
-FUNCTION u32 nearest_float16(float value) {
-    _Float16 rounded = static_cast<_Float16>(value);
-    u16 pattern;
-    std::memcpy(&pattern, &rounded, 2);
-    return std::isnan(value) ? 0x7FFF : pattern;
-}
-FUNCTION u32 to_float16(float low, float high) {
-    return nearest_float16(low) | nearest_float16(high) << 16;
-}
-#endif
+#include "noise.cuh"
 
 // ---------------------------------------------------------------- what a launch is compiled for
 
 enum Format { NOTHING, FLOAT32, BFLOAT16, FLOAT16 };
 
-#ifndef STORED
-#define STORED FLOAT32     // of the masters; NOTHING stands for zeros
-#define SERVED BFLOAT16    // of the live values; NOTHING where the masters are live
-#define GAUSSIAN 1         // the kind of noise: gaussian, or rademacher
-#define ALIGNED 0          // whether all rows begin with a block of words, and are whole vectors
-#define RANK 4             // of low-rank noise
-#define ROWS_A_TILE 4      // of low-rank noise
-#define TILES_ACROSS 4     // tiles of low-rank noise that lie side by side
-#define ONE_DRAW 0         // of low-rank noise: whether there is one draw
-#define WARPS 1            // of a program
-#define ROUNDS 2           // tiles of a warp
-#define CHUNKS 4           // eights of elements that a lane holds, were there 32 lanes
-#define RESIDENT 1         // programs that a multiprocessor has room for, at least
-#define DIGEST_LIVE 0
-#endif
+// STORED, SERVED      formats of the masters (NOTHING stands for zeros), and of the live values
+//                     (NOTHING where the masters are live)
+// GAUSSIAN            the kind of noise: gaussian, or rademacher
+// ALIGNED             whether all rows begin with a block of words, and are whole vectors
+// WARPS, ROUNDS       of a program, and tiles of a warp
+// CHUNKS              eights of elements that a lane holds, were there 32 lanes
+// RESIDENT            programs that a multiprocessor has room for, at least
+// RANK, ONE_DRAW      of low-rank noise: its rank, and whether there is one draw
+// ROWS_A_TILE         of low-rank noise
+// TILES_ACROSS        tiles of low-rank noise that lie side by side
+// DIGEST_LIVE         whether to digest live values
 
 constexpr int THREADS = LANES * WARPS;
-constexpr int EIGHT = 8;
 constexpr int TILE = 32 * CHUNKS * EIGHT;         // elements of a tile
 constexpr int HELD = TILE / EIGHT / LANES;        // eights that a lane holds
-constexpr u32 SIGN = 0x80000000;
-constexpr u32 UPPER_HALF = 0xFFFF0000;
 constexpr int BLOCK = GAUSSIAN ? 8 : 128;         // elements that a block of words serves
 constexpr int MAGNITUDES = 1024;
-constexpr u32 PERTURBATION = 0, ROUNDING = 1;     // noise.Stream
-constexpr int PHILOX_ROUNDS = 10;                 // noise.PHILOX_ROUNDS
 
-struct Slice {  // sweeps_cuda.FIELDS
+struct Slice {  // sweeps_cuda.Field
     void* master;
     void* live;
     i64 rows, columns, live_stride, start, row_stride;
@@ -145,49 +50,6 @@ struct Step {
     float decay;
     int unused;
 };
-
-struct alignas(16) Vector {
-    u32 word[4];
-};
-
-// ---------------------------------------------------------------- words
-
-// A seed's keys in all rounds.
-struct Keys {
-    u32 word[2 * PHILOX_ROUNDS];
-};
-
-FUNCTION Keys keys_of(u64 seed) {
-    Keys keys;
-#pragma unroll
-    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-        keys.word[2 * round] = u32(seed) + round * 0x9E3779B9u;
-        keys.word[2 * round + 1] = u32(seed >> 32) + round * 0xBB67AE85u;
-    }
-    return keys;
-}
-
-// Philox4x32-10 of several blocks under one seed. A product of 64 bits gives both of its halves.
-template <int COUNT>
-FUNCTION void philox(
-    const u64 (&block)[COUNT], u32 name_word, u32 stream, const Keys& keys, Vector (&words)[COUNT]
-) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-        words[i] = {u32(block[i]), u32(block[i] >> 32), name_word, stream};
-#pragma unroll
-    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            u32(&word)[4] = words[i].word;
-            u64 product_0 = u64(word[0]) * 0xD2511F53u, product_1 = u64(word[2]) * 0xCD9E8D57u;
-            word[0] = u32(product_1 >> 32) ^ word[1] ^ keys.word[2 * round];
-            word[2] = u32(product_0 >> 32) ^ word[3] ^ keys.word[2 * round + 1];
-            word[1] = u32(product_1);
-            word[3] = u32(product_0);
-        }
-    }
-}
 
 // ---------------------------------------------------------------- eights in memory
 
@@ -292,36 +154,6 @@ FUNCTION void store(void* row, Eight eight, const float (&value)[EIGHT]) {
 
 FUNCTION void* row_of(void* values, Format format, i64 offset) {
     return static_cast<u8*>(in_global_memory(values)) + offset * (format == FLOAT32 ? 4 : 2);
-}
-
-// One of the two bfloat16 around each value, by chance in proportion; what is not finite stays.
-template <bool ASK>
-FUNCTION void round_stochastically(float (&value)[EIGHT], const Vector& words) {
-#pragma unroll
-    for (int j = 0; j < EIGHT; ++j) {
-        u32 word = words.word[j / 2], chance = j % 2 ? word >> 16 : word & 0xFFFF;
-        u32 bits = as_bits(value[j]);
-        if (!ASK || is_finite(value[j])) bits += chance;
-        value[j] = as_float(bits & UPPER_HALF);
-    }
-}
-
-template <int COUNT>
-FUNCTION void round_stochastically(
-    float (&value)[COUNT][EIGHT], const u64 (&block)[COUNT], u32 name_word, const Keys& step
-) {
-    Vector words[COUNT];
-    philox(block, name_word, ROUNDING, step, words);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        float sum = 0;  // finite only if all are: to ask each of them would take twice as long
-#pragma unroll
-        for (int j = 0; j < EIGHT; ++j) sum += value[i][j];
-        if (is_finite(sum))
-            round_stochastically<false>(value[i], words[i]);
-        else
-            round_stochastically<true>(value[i], words[i]);
-    }
 }
 
 // ---------------------------------------------------------------- where a warp is

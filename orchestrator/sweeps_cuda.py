@@ -42,6 +42,8 @@ from orchestrator.sweeps import (
     masters,
 )
 
+Macros = tuple[tuple[str, str], ...]
+"""Names and values of what sweeps.cu is compiled for."""
 SOURCE = Path(__file__).with_name("sweeps.cu")
 LANES = 32
 EIGHT = 8  # elements that a lane holds at a time; their 16-bit values fill a vector
@@ -178,7 +180,7 @@ class Kernels(Protocol):
 class Compiler(Protocol):
     """Makes kernels of sweeps.cu with its macros defined."""
 
-    def __call__(self, macros: tuple[tuple[str, str], ...]) -> Kernels: ...
+    def __call__(self, macros: Macros) -> Kernels: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,18 +308,26 @@ class Table:
         return _sent(np.frombuffer(drawn.tobytes() + steps.tobytes(), np.uint8), self._device)
 
 
+def compile_for(architecture: str, macros: Macros) -> Any:
+    """The kernels' machine code, such as for "sm_90": cuda.core's ObjectCode."""
+    options = ProgramOptions(
+        arch=architecture,
+        std="c++17",
+        fma=False,
+        define_macro=list(macros),
+        include_path=str(SOURCE.parent),
+    )
+    return Program(SOURCE.read_text(encoding="utf-8"), "c++", options).compile("cubin")
+
+
 class DeviceKernels:
     """Kernels that NVRTC has compiled for the device in use."""
 
-    def __init__(self, macros: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, macros: Macros) -> None:
         device = Device(torch.cuda.current_device())
         device.set_current()
-        options = ProgramOptions(
-            arch=f"sm_{device.arch}", std="c++17", fma=False, define_macro=list(macros)
-        )
-        compiled = Program(SOURCE.read_text(encoding="utf-8"), "c++", options).compile("cubin")
+        compiled = compile_for(f"sm_{device.arch}", macros)
         self._kernel = cache(lambda name: int(compiled.get_kernel(name).handle))
-        self._code = compiled  # must outlive its kernels
         self._threads = LANES * int(dict(macros)["WARPS"])
 
     def run(self, name: str, num_programs: int, arguments: Sequence[Any]) -> None:
@@ -344,18 +354,16 @@ def as_passed(arguments: Sequence[Any]) -> list[Any]:
 
 
 @cache
-def _compiled_on(device: int, macros: tuple[tuple[str, str], ...]) -> Kernels:
+def _compiled_on(device: int, macros: Macros) -> Kernels:
     with torch.cuda.device(device):
         return DeviceKernels(macros)
 
 
-def _compiled(macros: tuple[tuple[str, str], ...]) -> Kernels:
+def _compiled(macros: Macros) -> Kernels:
     return _compiled_on(torch.cuda.current_device(), macros)
 
 
-def _macros(
-    tiling: Tiling, variant: Variant, others: dict[str, int]
-) -> tuple[tuple[str, str], ...]:
+def _macros(tiling: Tiling, variant: Variant, others: dict[str, int]) -> Macros:
     values = {
         "STORED": FORMATS[variant.stored],
         "SERVED": FORMATS[variant.served],

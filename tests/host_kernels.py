@@ -22,7 +22,7 @@ extern "C" void choose(int program) { current_program = program; }
 class HostKernels:
     """Kernels as functions of a shared library."""
 
-    def __init__(self, macros: tuple[tuple[str, str], ...], folder: Path) -> None:
+    def __init__(self, macros: sweeps_cuda.Macros, folder: Path) -> None:
         chosen = dict(macros) | {"WARPS": "1"}  # tiles of all warps are then the one's rounds
         chosen["ROUNDS"] = str(int(dict(macros)["WARPS"]) * int(dict(macros)["ROUNDS"]))
         library = folder / ("_".join(chosen.values()) + ".so")

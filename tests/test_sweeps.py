@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import triton
-from cuda.core import Program, ProgramOptions
 from host_kernels import HostSweeps
 from numpy.typing import NDArray
 
@@ -530,15 +529,18 @@ def test_cuda_kernels_are_the_specification(tmp_path: Path) -> None:
 
 def test_cuda_kernels_compile_and_fuse_nothing(tmp_path: Path) -> None:
     """For a GPU, without one: every variant that a run can meet."""
-    source = sweeps_cuda.SOURCE.read_text()
-    tilings = (*sweeps_cuda.PERTURB.values(), *sweeps_cuda.UPDATE.values(), sweeps_cuda.LOW_RANK)
+    tilings = {
+        *sweeps_cuda.PERTURB.values(),
+        *sweeps_cuda.UPDATE.values(),
+        *sweeps_cuda.UPDATE_ONCE.values(),
+        sweeps_cuda.LOW_RANK,
+    }
     for tiling, stored, aligned in product(tilings, MASTERS, (False, True)):
         variant = sweeps_cuda.Variant(stored, torch.bfloat16, aligned)
         gaussian = int(tiling.block == noise.GAUSSIAN_BLOCK)
         macros = sweeps_cuda._macros(tiling, variant, {"GAUSSIAN": gaussian, "RANK": 8})
-        options = ProgramOptions("sweeps", "sm_90", std="c++17", fma=False, define_macro=[*macros])
         cubin = tmp_path / "sweeps.cubin"
-        cubin.write_bytes(Program(source, "c++", options).compile("cubin").code)
+        cubin.write_bytes(sweeps_cuda.compile_for("sm_90", macros).code)
         command = [str(CUOBJDUMP), "-sass", str(cubin)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "FADD" in listing
