@@ -5,6 +5,7 @@
   python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
   python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
   python launch.py export runs/demo-20260101-120000 tuned     a folder that others load
+  python launch.py report runs/demo-20260101-120000           its course as one HTML page
   ray job submit --working-dir . -- python launch.py train configs/demo.yaml run.dir=/shared/run
 
 A recipe is a YAML file with the sections model, space, estimator, task, fleet and run;
@@ -30,6 +31,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # what `ray job stop` sends
     run: runs.Run | None = None
     try:
+        if arguments.command == "report":
+            print(runs.report(Path(arguments.source)))
+            return DONE
         run = _open(arguments)
         environment.prepare(run.config.fleet.threads_per_replica)
         if arguments.command == "train":
@@ -84,7 +88,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,export}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
         help="start a run, or continue one",
@@ -112,9 +116,16 @@ def _parse() -> argparse.Namespace:
     export.add_argument("source", metavar="RUN_DIR")
     export.add_argument("folder", metavar="OUT_DIR", type=Path)
     export.add_argument("overrides", nargs="*", metavar="section.key=value")
+    report = commands.add_parser(
+        "report",
+        help="write a page about a run",
+        description="Write RUN_DIR/report/index.html: the run's course, result and recipe on one "
+        "page that needs no other file. Works on unfinished runs too.",
+    )
+    report.add_argument("source", metavar="RUN_DIR")
     arguments, others = parser.parse_known_args()
     for other in others:  # overrides that stand behind an option
-        if other.startswith("-") or "=" not in other:
+        if other.startswith("-") or "=" not in other or "overrides" not in arguments:
             parser.error(f"unrecognized argument: {other}")
         arguments.overrides.append(other)
     if arguments.command == "train":

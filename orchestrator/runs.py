@@ -214,6 +214,13 @@ def export(run: Run, folder: Path) -> None:
     display.say(f"what {num_steps} steps have trained: {folder}")
 
 
+def report(folder: Path) -> Path:
+    """Write the page that tells of the run in a folder, finished or not; the page's path."""
+    from orchestrator import report as page  # imports matplotlib
+
+    return page.write(folder)
+
+
 # -------------------------------------------------------------------- parts
 
 

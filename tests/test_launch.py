@@ -78,6 +78,7 @@ def test_mistakes_are_told_in_one_line(recipe_path: Path, tmp_path: Path) -> Non
         assert words in mistake("train", recipe_path, override, f"run.dir={tmp_path}/run")
     assert "nowhere.yaml: cannot be read" in mistake("train", tmp_path / "nowhere.yaml")
     assert "holds no config.yaml" in mistake("train", "--resume", tmp_path)
+    assert "holds no config.yaml" in mistake("report", tmp_path)
     assert "the folder" in mistake("eval", recipe_path, "--out", tmp_path / "no" / "x.jsonl")
     assert "ends in .jsonl" in mistake("eval", recipe_path, "--out", tmp_path)
     assert "estimator.lr: 0" in mistake(
@@ -182,6 +183,27 @@ def test_an_exported_model_scores_as_the_run_does(
     assert "exists already" in mistake("export", finished, folder)
     assert "cannot be written to" in mistake("export", finished, tmp_path / "no" / "folder")
     assert "holds no config.yaml" in mistake("export", tmp_path, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_the_report_of_a_run_is_written_without_the_engine(finished: Path) -> None:
+    """It says where it is, and tells what the summary does."""
+    code = (
+        "import sys, launch; code = launch.main(); "
+        "assert not {'torch', 'ray', 'sglang'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", str(finished)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stderr) == (DONE, "")
+    assert done.stdout == f"{finished}/report/index.html\n"
+    page = (finished / "report" / "index.html").read_text()
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["digest"] in page
+    assert f"{100 * summary['final_accuracy']:.1f} %" in page
 
 
 @pytest.mark.slow

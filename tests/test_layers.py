@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
     {"config", "records", "environment", "output"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"},
-    {"noise_triton"},
+    {"noise_triton", "charts"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_triton"}
-    | {"prefix_slots"},
+    | {"prefix_slots", "report"},
     {"score_graphs"},
     {"engine", "sglang_models", "export"},
     {"space"},
@@ -30,6 +30,7 @@ OWNERS = {
     "ray": {"actors"},
     "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
     | {"score_graphs"},
+    "matplotlib": {"charts"},
     "triton": {"adapter_kernels_triton", "noise_triton", "sweeps_triton"},
     "numba": {"sweeps_numba", "replica"},
     "torch": {
