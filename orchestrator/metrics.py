@@ -139,6 +139,16 @@ def entries(folder: Path) -> Iterator[dict[str, Any]]:
                 yield entry
 
 
+def fork(folder: Path, new_folder: Path, step: int, *, same_data: bool) -> None:
+    """Give a fork what its parent noted up to `step`; evaluations only if the rows are the same."""
+    with (new_folder / METRICS_FILE).open("w", encoding="utf-8") as file:
+        for entry in entries(folder):
+            is_step = entry["kind"] == "step"
+            is_before = entry["step"] < step + (not is_step)  # looks are counted in steps done
+            if is_before and (is_step or same_data):
+                file.write(json.dumps(entry) + "\n")
+
+
 def baseline(folder: Path) -> float | None:
     """The accuracy that a run noted before its first step, if it did."""
     for entry in entries(folder):

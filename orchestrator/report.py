@@ -325,6 +325,11 @@ def _ledger(story: Story) -> str:
         ("config hash", header.config_hash),
         ("data hash", header.data_hash),
     ]
+    for step, config_hash, _, digest in header.forked_from:
+        rows += [
+            ("forked", f"at step {step:,} from config {config_hash}"),
+            ("parent's ledger", f"sha256 {digest}"),
+        ]
     return _card("Ledger", _table(_escaped(rows), "code"))
 
 
@@ -385,7 +390,7 @@ def _with_interval(share: float, number: int) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ LAYERS = [
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_triton"}
-    | {"prefix_slots", "report"},
+    | {"prefix_slots", "report", "inspection"},
     {"score_graphs"},
     {"engine", "sglang_models", "export"},
     {"space"},
