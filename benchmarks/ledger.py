@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -59,19 +60,15 @@ def records(num_seeds: int) -> list[StepRecord]:
 
 
 def append(path: Path, steps: int, num_seeds: int) -> None:
-    fsync, os.fsync = os.fsync, lambda _: None
     templates = records(num_seeds)
     times = np.zeros((2, steps), np.float32)
     before = resident()
-    try:
-        with Ledger.create(path, HEADER) as ledger:
-            for step in range(steps):
-                record = replace(templates[step % TEMPLATES], step=step)
-                wall, busy = time.perf_counter(), time.thread_time()
-                ledger.append(record)
-                times[:, step] = time.perf_counter() - wall, time.thread_time() - busy
-    finally:
-        os.fsync = fsync
+    with patch.object(os, "fsync", lambda _: None), Ledger.create(path, HEADER) as ledger:
+        for step in range(steps):
+            record = replace(templates[step % TEMPLATES], step=step)
+            wall, busy = time.perf_counter(), time.thread_time()
+            ledger.append(record)
+            times[:, step] = time.perf_counter() - wall, time.thread_time() - busy
     tenth = max(1, steps // 10)
     for name, part in (("first", times[:, :tenth]), ("last", times[:, -tenth:])):
         for clock, values in zip(("wall", "processor"), part, strict=True):
