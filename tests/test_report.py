@@ -71,7 +71,7 @@ class Outline(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if data.strip():
-            self.text.append(data.strip())
+            self.text.append(" ".join(data.split()))  # spaces that do not break too
 
 
 def read(folder: Path) -> tuple[str, Outline]:
