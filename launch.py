@@ -5,6 +5,10 @@
   python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
   python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
   python launch.py export runs/demo-20260101-120000 tuned     a folder that others load
+  python launch.py report runs/demo-20260101-120000           its course as one HTML page
+  python launch.py inspect runs/demo-20260101-120000          what its ledger holds
+  python launch.py fork runs/demo-20260101-120000 runs/b --at 20 estimator.lr=5e-4
+                                                              a branch, to be resumed
   ray job submit --working-dir . -- python launch.py train configs/demo.yaml run.dir=/shared/run
 
 A recipe is a YAML file with the sections model, space, estimator, task, fleet and run;
@@ -19,7 +23,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from orchestrator import environment, output, runs
+from orchestrator import environment, inspection, output, runs
 from orchestrator.config import ConfigError
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -30,6 +34,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # what `ray job stop` sends
     run: runs.Run | None = None
     try:
+        if arguments.command in ("report", "inspect", "fork"):
+            _without_fleet(arguments)
+            return DONE
         run = _open(arguments)
         environment.prepare(run.config.fleet.threads_per_replica)
         if arguments.command == "train":
@@ -50,6 +57,20 @@ def main() -> int:
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         _tell(f"failed: {message}" + _how_to_go_on(arguments, run))
         return FAILED
+
+
+def _without_fleet(arguments: argparse.Namespace) -> None:
+    """The verbs that read a run's folder and load no model."""
+    folder = Path(arguments.source)
+    if arguments.command == "report":
+        print(runs.report(folder))
+    elif arguments.command == "inspect":
+        for line in inspection.inspect(folder):
+            print(line)
+    else:
+        fork = runs.branch(folder, arguments.folder, arguments.overrides)
+        runs.fork(fork, folder, arguments.at)
+        print(f"continue with: python launch.py train --resume {arguments.folder}")
 
 
 def _open(arguments: argparse.Namespace) -> runs.Run:
@@ -84,7 +105,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,export}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
         help="start a run, or continue one",
@@ -112,9 +133,33 @@ def _parse() -> argparse.Namespace:
     export.add_argument("source", metavar="RUN_DIR")
     export.add_argument("folder", metavar="OUT_DIR", type=Path)
     export.add_argument("overrides", nargs="*", metavar="section.key=value")
+    report = commands.add_parser(
+        "report",
+        help="write a page about a run",
+        description="Write RUN_DIR/report/index.html: the run's course, result and recipe on one "
+        "page that needs no other file. Works on unfinished runs too.",
+    )
+    report.add_argument("source", metavar="RUN_DIR")
+    inspect = commands.add_parser(
+        "inspect",
+        help="tell what a run's ledger holds",
+        description="Check a run's ledger, every step of it, and tell its header, range, rates, "
+        "dropped seeds and size. Changes nothing; exit code 2 if the ledger is damaged.",
+    )
+    inspect.add_argument("source", metavar="RUN_DIR")
+    fork = commands.add_parser(
+        "fork",
+        help="start a branch of a run",
+        description="Make NEW_DIR a run whose ledger holds the first STEP steps of RUN_DIR's, to "
+        "be resumed under a recipe that may differ in what decides later steps.",
+    )
+    fork.add_argument("source", metavar="RUN_DIR")
+    fork.add_argument("folder", metavar="NEW_DIR", type=Path)
+    fork.add_argument("overrides", nargs="*", metavar="section.key=value")
+    fork.add_argument("--at", required=True, type=int, metavar="STEP")
     arguments, others = parser.parse_known_args()
     for other in others:  # overrides that stand behind an option
-        if other.startswith("-") or "=" not in other:
+        if other.startswith("-") or "=" not in other or "overrides" not in arguments:
             parser.error(f"unrecognized argument: {other}")
         arguments.overrides.append(other)
     if arguments.command == "train":

@@ -25,6 +25,7 @@ from orchestrator.records import (
     ReplicaInfo,
     Split,
     StepUpdate,
+    UpdateLog,
     example_chunks,
     probe_groups,
 )
@@ -81,7 +82,7 @@ class ActorFleet:
         self._log = log
         self._say = say
         self._seats: list[_Seat] = []
-        self._updates: list[StepUpdate] = []
+        self._updates = UpdateLog()
 
     # ---------------------------------------------------------------- life
 

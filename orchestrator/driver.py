@@ -41,6 +41,8 @@ class Driver:
         self._past = estimator.NO_PAST
         for record in ledger.records:
             self._take(record)
+            if record.step + 1 == ledger.header.config_since:  # earlier steps had other settings
+                self._past = estimator.NO_PAST
 
     def train(self) -> None:
         """All steps that are missing, with looks at held-out accuracy on the way."""

@@ -15,6 +15,7 @@ from orchestrator.records import (
     ReplicaInfo,
     Split,
     StepUpdate,
+    UpdateLog,
     example_chunks,
     probe_groups,
 )
@@ -28,7 +29,7 @@ class LocalFleet:
         self._config = config
         self._device = device
         self._replicas: list[Replica] = []
-        self._updates: list[StepUpdate] = []
+        self._updates = UpdateLog()
         self._applied: list[int] = []
 
     def start(self) -> ReplicaInfo:

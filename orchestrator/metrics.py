@@ -5,6 +5,7 @@ Owns the run folder's names. Nothing here is needed to resume: the ledger alone 
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,7 +79,11 @@ class Records:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        path = folder / METRICS_FILE
+        torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+        self._metrics = path.open("a", encoding="utf-8")
+        if torn:  # a crash cut the last line short; the next must not become part of it
+            self._metrics.write("\n")
         self._events = EventFileWriter(str(folder))
 
     def step(self, metrics: StepMetrics) -> None:
@@ -116,13 +121,37 @@ class Records:
         )
 
 
-def baseline(folder: Path) -> float | None:
-    """The accuracy that a run noted before its first step, if it did."""
+def entries(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl in their order, but for those that a crash cut short.
+
+    A resumed run may have noted a step or an evaluation twice; the later entry holds.
+    """
     path = folder / METRICS_FILE
     if not path.is_file():
-        return None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and "kind" in entry and "step" in entry:
+                yield entry
+
+
+def fork(folder: Path, new_folder: Path, step: int, *, same_data: bool) -> None:
+    """Give a fork what its parent noted up to `step`; evaluations only if the rows are the same."""
+    with (new_folder / METRICS_FILE).open("w", encoding="utf-8") as file:
+        for entry in entries(folder):
+            is_step = entry["kind"] == "step"
+            is_before = entry["step"] < step + (not is_step)  # looks are counted in steps done
+            if is_before and (is_step or same_data):
+                file.write(json.dumps(entry) + "\n")
+
+
+def baseline(folder: Path) -> float | None:
+    """The accuracy that a run noted before its first step, if it did."""
+    for entry in entries(folder):
         if entry["kind"] == "evaluation" and entry["step"] == 0:
             return float(entry["accuracy"])
     return None

@@ -4,6 +4,7 @@ Everything here is scalars, seeds, ids and digests: no tensor ever travels. This
 neither how a probe is computed (replica) nor what its loss is used for (estimator).
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,36 @@ class StepUpdate:
     seeds: tuple[int, ...]
     coefficients: tuple[float, ...]
     decay: float
+
+
+class UpdateLog:
+    """The updates of all steps so far, from 0, in some 16 bytes a seed and 24 a step.
+
+    `log[start:stop]` gives updates equal to those that were appended.
+    """
+
+    def __init__(self) -> None:
+        self._seeds, self._coefficients = array("Q"), array("d")
+        self._decays, self._ends = array("d"), array("Q", [0])
+
+    def __len__(self) -> int:
+        return len(self._decays)
+
+    def append(self, update: StepUpdate) -> None:
+        """The update of the next step."""
+        assert update.step == len(self), f"{update.step} after {len(self)} steps"
+        self._seeds.extend(update.seeds)
+        self._coefficients.extend(update.coefficients)
+        self._decays.append(update.decay)
+        self._ends.append(len(self._seeds))
+
+    def __getitem__(self, steps: slice) -> list[StepUpdate]:
+        return [self._update(step) for step in range(len(self))[steps]]
+
+    def _update(self, step: int) -> StepUpdate:
+        pairs = slice(self._ends[step], self._ends[step + 1])
+        seeds, coefficients = tuple(self._seeds[pairs]), tuple(self._coefficients[pairs])
+        return StepUpdate(step, seeds, coefficients, self._decays[step])
 
 
 @dataclass(frozen=True, slots=True)

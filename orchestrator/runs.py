@@ -93,6 +93,33 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
     return run
 
 
+def branch(folder: Path, new_folder: Path, overrides: Sequence[str]) -> Run:
+    """The run that is to fork off the one in `folder`: its recipe, changed by the overrides.
+
+    Refuses to change what the steps so far mean, which the fork takes over.
+    """
+    path = folder / metrics.CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
+    if new_folder.exists():
+        raise ConfigError(f"{new_folder}: exists already; name a folder that is to be made")
+    parent = load(path)
+    for override in overrides:
+        if _meaning(load(path, [override])) != _meaning(parent):
+            raise ConfigError(
+                f"{override}: the steps that a fork takes over depend on this key; space (but for "
+                "space.slots), estimator.noise and, unless space.kind is dense, run.seed must stay"
+            )
+    return _checked(load(path, overrides), new_folder)
+
+
+def _meaning(config: Config) -> tuple[object, ...]:
+    """What a ledger's seeds and coefficients lead to depends on these keys, and no others."""
+    space = config.space.model_dump(mode="json", exclude={"slots", "init"})
+    drawn_from = None if config.space.kind == "dense" else config.run.seed
+    return space, config.estimator.noise, drawn_from
+
+
 def _checked(config: Config, folder: Path) -> Run:
     """The run, with paths that mean the same in every replica's process."""
     model, task, space = config.model, config.task, config.space
@@ -213,6 +240,40 @@ def export(run: Run, folder: Path) -> None:
         num_steps = _replay(run, info, fleet)
         fleet.export(folder)
     display.say(f"what {num_steps} steps have trained: {folder}")
+
+
+def fork(run: Run, parent: Path, step: int) -> None:
+    """Make the run's folder, with the first `step` steps of the run in `parent`."""
+    ledger = parent / metrics.LEDGER_FILE
+    header, records = Ledger.read(ledger)
+    if not 1 <= step <= len(records):
+        raise ConfigError(f"--at: {step}: {ledger} has steps to fork at from 1 to {len(records)}")
+    if run.config.run.steps <= step:
+        raise ConfigError(
+            f"run.steps: {run.config.run.steps} leaves no step after --at {step}; set it higher"
+        )
+    try:
+        run.folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{run.folder}: cannot be made: {error.strerror}") from None
+    data_hash = run.data.fingerprint()
+    _write_config(run)
+    metrics.fork(parent, run.folder, step, same_data=data_hash == header.data_hash)
+    # Last, since a folder with a ledger is a run that can go on.
+    Ledger.fork(
+        ledger,
+        run.ledger_path,
+        step,
+        config_hash=run.config.identity(),
+        data_hash=data_hash,
+    )
+
+
+def report(folder: Path) -> Path:
+    """Write the page that tells of the run in a folder, finished or not; the page's path."""
+    from orchestrator import report as page  # imports matplotlib
+
+    return page.write(folder)
 
 
 # -------------------------------------------------------------------- parts

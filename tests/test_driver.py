@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,12 @@ def config(**estimator: Any) -> Config:
     )
 
 
-def train(chosen: Config, path: Path) -> tuple[Ledger, NDArray[np.float64]]:
+def train(
+    chosen: Config, path: Path, header: Header = HEADER
+) -> tuple[Ledger, NDArray[np.float64]]:
     """A run's ledger, new or continued, and the weights that it leads to."""
     fleet = ToyFleet()
-    with Ledger.open(path, HEADER) if path.exists() else Ledger.create(path, HEADER) as ledger:
+    with Ledger.open(path, header) if path.exists() else Ledger.create(path, header) as ledger:
         Driver(chosen, fleet, ledger, [], batches=Batches(chosen, [0] * 20), num_test=5).train()
     return ledger, fleet.weights
 
@@ -115,6 +118,34 @@ def test_a_resumed_run_writes_the_same_ledger(
     for record in Ledger.read(cut)[1]:
         replayed.apply(record.update())
     np.testing.assert_array_equal(replayed.weights, weights)
+
+
+@pytest.mark.parametrize("at", [1, 6, 11])
+def test_a_fork_under_the_same_settings_goes_on_as_its_parent_did(at: int, tmp_path: Path) -> None:
+    chosen = config(kind="one_sided", second_moment=0.9, momentum=0.7)
+    whole, child = tmp_path / "whole.jsonl", tmp_path / "child.jsonl"
+    _, weights = train(chosen, whole)
+    Ledger.fork(whole, child, at, config_hash=HEADER.config_hash, data_hash=HEADER.data_hash)
+    _, again = train(chosen, child)
+    assert child.read_bytes().splitlines()[1:] == whole.read_bytes().splitlines()[1:]
+    np.testing.assert_array_equal(again, weights)
+
+
+def test_a_fork_under_other_settings_resumes_to_the_same_ledger(tmp_path: Path) -> None:
+    """Its parent's losses, which another estimator measured, move its second moment nowhere."""
+    parent, whole, cut = (tmp_path / f"{name}.jsonl" for name in ("parent", "whole", "cut"))
+    train(config(momentum=0.5, second_moment=0.5), parent)
+    chosen = config(kind="es", second_moment=0.9, momentum=0.9, lr=1e-2)
+    header = replace(HEADER, config_hash="other")
+    Ledger.fork(parent, whole, 4, config_hash="other", data_hash=HEADER.data_hash)
+    ledger, weights = train(chosen, whole, header)
+    assert ledger.records[4].seeds[SEEDS:] == (), "momentum begins anew"
+    assert len(ledger.records[6].seeds) > SEEDS
+    for done in (4, 5, 8):
+        cut.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[: 1 + done]))
+        _, again = train(chosen, cut, header)
+        assert cut.read_bytes() == whole.read_bytes()
+        np.testing.assert_array_equal(again, weights)
 
 
 def test_momentum_is_the_heavy_ball_with_a_velocity(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_mistakes_are_told_in_one_line(recipe_path: Path, tmp_path: Path) -> Non
         assert words in mistake("train", recipe_path, override, f"run.dir={tmp_path}/run")
     assert "nowhere.yaml: cannot be read" in mistake("train", tmp_path / "nowhere.yaml")
     assert "holds no config.yaml" in mistake("train", "--resume", tmp_path)
+    assert "holds no config.yaml" in mistake("report", tmp_path)
     assert "the folder" in mistake("eval", recipe_path, "--out", tmp_path / "no" / "x.jsonl")
     assert "ends in .jsonl" in mistake("eval", recipe_path, "--out", tmp_path)
     assert "estimator.lr: 0" in mistake(
@@ -182,6 +183,91 @@ def test_an_exported_model_scores_as_the_run_does(
     assert "exists already" in mistake("export", finished, folder)
     assert "cannot be written to" in mistake("export", finished, tmp_path / "no" / "folder")
     assert "holds no config.yaml" in mistake("export", tmp_path, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_inspect_tells_what_a_ledger_holds(finished: Path, tmp_path: Path) -> None:
+    done = launch("inspect", finished)
+    assert (done.returncode, done.stderr) == (DONE, "")
+    told = {line[:16].strip(): line[16:] for line in done.stdout.splitlines()}
+    size = (finished / "ledger.jsonl").stat().st_size
+    assert told["steps"] == "0 to 5, 6 in all, no gaps"
+    assert told["seeds"] == "12, of which 0 dropped, in 0 steps"
+    assert told["bytes"].startswith(f"{size:,}, ")
+    assert float(told["steps a second"].partition(";")[0]) > 0
+    assert "torn" not in told and "without metrics" not in told
+
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    whole = (finished / "ledger.jsonl").read_bytes()
+    (damaged / "ledger.jsonl").write_bytes(whole[:-9])
+    done = launch("inspect", damaged)
+    assert done.returncode == DONE
+    for words in ("0 to 4, 5 in all", "torn", "without metrics 5 steps"):
+        assert words in done.stdout
+    (damaged / "ledger.jsonl").write_bytes(whole.replace(b'{"step":3,', b'{"step":4,'))
+    done = launch("inspect", damaged)
+    assert done.returncode == MISTAKE
+    assert "0 to 2, 3 in all" in done.stdout
+    assert "line 5: is damaged" in done.stderr and done.stderr.count("\n") == 1
+    assert "holds no ledger.jsonl" in mistake("inspect", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_fork_goes_on_from_its_parents_steps(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "fork"
+    for arguments, words in {
+        ("--at", "7"): "--at: 7: ",
+        ("--at", "0"): "has steps to fork at from 1 to 6",
+        ("--at", "6"): "run.steps: 6 leaves no step after --at 6",
+        ("--at", "3", "space={kind: lora}"): "space={kind: lora}: the steps that a fork takes",
+        ("--at", "3", "estimator.noise=rademacher"): "the steps that a fork takes over depend",
+        ("--at", "3", "estimator.lrr=1"): "estimator.lrr: unknown key",
+    }.items():
+        assert words in mistake("fork", finished, folder, *arguments)
+    assert not folder.exists()
+    assert "exists already" in mistake("fork", finished, finished, "--at", "3")
+
+    done = launch("fork", finished, folder, "--at", "3", "estimator.lr=5e-4", "run.seed=9")
+    assert done.returncode == DONE, done.stderr
+    assert done.stdout == f"continue with: python launch.py train --resume {folder}\n"
+    parents = (finished / "ledger.jsonl").read_bytes().splitlines()
+    assert (folder / "ledger.jsonl").read_bytes().splitlines()[1:] == parents[1:4]
+    trained = launch("train", "--resume", folder)
+    assert trained.returncode == DONE, trained.stdout + trained.stderr
+    lines = (folder / "ledger.jsonl").read_bytes().splitlines()
+    assert lines[1:4] == parents[1:4] and len(lines) == 7
+    for line, other in zip(lines[4:], parents[4:], strict=True):
+        assert json.loads(line)["seeds"] != json.loads(other)["seeds"]
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if entry["kind"] == "step"] == list(range(6))
+    # Replayed from its first step, the fork is where training left it.
+    scored = launch("eval", folder, "--out", tmp_path / "scores.jsonl")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"after 6 steps: {summary['final_accuracy']:.1%}" in scored.stdout
+    assert "at step 3 from config" in launch("inspect", folder).stdout
+    assert launch("report", folder).returncode == DONE
+
+
+@pytest.mark.slow
+def test_the_report_of_a_run_is_written_without_the_engine(finished: Path) -> None:
+    """It says where it is, and tells what the summary does."""
+    code = (
+        "import sys, launch; code = launch.main(); "
+        "assert not {'torch', 'ray', 'sglang'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", str(finished)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stderr) == (DONE, "")
+    assert done.stdout == f"{finished}/report/index.html\n"
+    page = (finished / "report" / "index.html").read_text().replace("\xa0", " ")
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["digest"] in page
+    assert f"{100 * summary['final_accuracy']:.1f} %" in page
 
 
 @pytest.mark.slow

@@ -11,11 +11,11 @@ LAYERS = [
     {"config", "records", "environment", "output"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
     | {"attention_triton", "norm_triton"},
-    {"rows"},
+    {"rows", "charts"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
-    | {"prefix_slots", "score_attention", "encoder"},
+    | {"prefix_slots", "score_attention", "encoder", "report", "inspection"},
     {"score_graphs", "pools"},
     {"generation"},
     {"engine", "sglang_models", "export"},
@@ -35,6 +35,7 @@ OWNERS = {
     "pyarrow": {"rows"},
     "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
     | {"score_graphs", "score_attention", "pools", "generation"},
+    "matplotlib": {"charts"},
     "triton": {"adapter_kernels_triton", "attention_triton", "norm_triton"},
     "cuda": {"sweeps_cuda"},
     "numba": {"sweeps_numba", "replica"},

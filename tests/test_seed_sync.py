@@ -1,8 +1,10 @@
 """The ledger file: its bytes, what survives a crash or a full disk, and what is refused."""
 
+import hashlib
 import json
 import math
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -15,7 +17,14 @@ from typing import Any
 import pytest
 
 from orchestrator.records import StepUpdate
-from orchestrator.seed_sync import Header, Ledger, LedgerError, LedgerWriteError, StepRecord
+from orchestrator.seed_sync import (
+    MARK_EVERY,
+    Header,
+    Ledger,
+    LedgerError,
+    LedgerWriteError,
+    StepRecord,
+)
 
 HEADER = Header(
     format=1,
@@ -65,11 +74,22 @@ def sealed(members: dict[str, Any]) -> bytes:
     return f'{text[:-1]},"crc":"{zlib.crc32(text.encode()):08x}"}}\n'.encode()
 
 
+def read(path: Path) -> tuple[Header, list[StepRecord]]:
+    """All that a ledger holds, every step of it checked."""
+    header, records = Ledger.read(path)
+    return header, list(records)
+
+
+def opened(path: Path) -> list[StepRecord]:
+    with Ledger.open(path, HEADER) as ledger:
+        return list(ledger.records)
+
+
 def assert_refused(path: Path, *words: str) -> None:
     before = path.read_bytes()
-    for attempt in (lambda: Ledger.open(path, HEADER), lambda: Ledger.read(path)):
+    for attempt in (opened, read):
         with pytest.raises(LedgerError) as caught:
-            attempt()
+            attempt(path)
         assert all(word in str(caught.value) for word in (str(path), *words)), str(caught.value)
         assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
@@ -97,9 +117,9 @@ def test_nothing_is_said_of_dropped_seeds_where_there_are_none(path: Path) -> No
 
 def test_round_trip(path: Path) -> None:
     write(path, steps(3))
-    assert Ledger.read(path) == (HEADER, steps(3))
+    assert read(path) == (HEADER, steps(3))
     with Ledger.open(path, HEADER) as ledger:
-        assert (ledger.header, ledger.records, ledger.next_step) == (HEADER, steps(3), 3)
+        assert (ledger.header, list(ledger.records), ledger.next_step) == (HEADER, steps(3), 3)
         assert (ledger.repairs, ledger.notes) == ((), ())
 
 
@@ -118,9 +138,9 @@ def test_floats_survive_exactly(path: Path) -> None:
         STEP, seeds=(0,) * len(values), losses=tuple((v, -v) for v in values), coefficients=values
     )
     write(path, [record])
-    (read,) = Ledger.read(path)[1]
-    assert list(map(repr, read.coefficients)) == list(map(repr, values))
-    assert read == record
+    (again,) = Ledger.read(path)[1]
+    assert list(map(repr, again.coefficients)) == list(map(repr, values))
+    assert again == record
 
 
 def test_append_takes_only_the_next_step(path: Path) -> None:
@@ -176,11 +196,11 @@ def test_torn_last_line_is_cut_off_said_and_written_again(path: Path) -> None:
     last_line = whole.index(b'{"step":2')
     for size in range(last_line + 1, len(whole)):
         path.write_bytes(whole[:size])
-        assert Ledger.read(path) == (HEADER, steps(2))
+        assert read(path) == (HEADER, steps(2))
         assert path.read_bytes() == whole[:size], "read() changed the file"
         with Ledger.open(path, HEADER) as ledger:
             assert path.read_bytes() == whole[:last_line]
-            assert ledger.records == steps(2)
+            assert list(ledger.records) == steps(2)
             (repair,) = ledger.repairs
             assert str(path) in repair and "step 2" in repair
             ledger.append(steps(3)[2])
@@ -201,7 +221,7 @@ def test_last_line_with_a_damaged_byte_is_cut_off(path: Path) -> None:
     last_line = whole.index(b'{"step":1')
     for position in range(last_line, len(whole) - 1):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        assert Ledger.read(path) == (HEADER, steps(1))
+        assert read(path) == (HEADER, steps(1))
 
 
 def test_no_whole_header_is_refused(path: Path) -> None:
@@ -310,6 +330,212 @@ def test_other_spellings_of_the_same_values_are_refused(path: Path) -> None:
     assert_refused(path, "line 2", "not canonical")
 
 
+Mutation = Callable[[random.Random, bytes], bytes]
+
+
+def flip_bits(draw: random.Random, data: bytes) -> bytes:
+    changed = bytearray(data)
+    for _ in range(draw.randint(1, 3)):
+        changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    return bytes(changed)
+
+
+def cut(draw: random.Random, data: bytes) -> bytes:
+    return data[: draw.randrange(len(data))]
+
+
+def cut_out(draw: random.Random, data: bytes) -> bytes:
+    start, end = sorted(draw.choices(range(len(data)), k=2))
+    return data[:start] + data[end:]
+
+
+def swap_lines(draw: random.Random, data: bytes) -> bytes:
+    lines = data.splitlines(keepends=True)
+    one, other = draw.sample(range(len(lines)), k=2)
+    lines[one], lines[other] = lines[other], lines[one]
+    return b"".join(lines)
+
+
+def swap_stretches(draw: random.Random, data: bytes) -> bytes:
+    a, b, c = sorted(draw.choices(range(len(data)), k=3))
+    return data[:a] + data[b:c] + data[a:b] + data[c:]
+
+
+def double_a_line(draw: random.Random, data: bytes) -> bytes:
+    lines = data.splitlines(keepends=True)
+    lines.insert(draw.randrange(len(lines) + 1), draw.choice(lines))
+    return b"".join(lines)
+
+
+def double_a_stretch(draw: random.Random, data: bytes) -> bytes:
+    start, end = sorted(draw.choices(range(len(data)), k=2))
+    return data[:end] + data[start:end] + data[end:]
+
+
+def overwrite(draw: random.Random, data: bytes) -> bytes:
+    start = draw.randrange(len(data))
+    rubbish = draw.choice([bytes(40), draw.randbytes(40), b"\n" * 3, b"0" * 9])
+    return data[:start] + rubbish + data[start + len(rubbish) :]
+
+
+MUTATIONS: list[Mutation] = [
+    flip_bits,
+    cut,
+    cut_out,
+    swap_lines,
+    swap_stretches,
+    double_a_line,
+    double_a_stretch,
+    overwrite,
+]
+
+
+def test_ten_thousand_mutations_never_load_a_wrong_state(path: Path) -> None:
+    """What is loaded is what was written, up to some step."""
+    whole, draw = write(path, steps(3)), random.Random(0)
+    refused = 0
+    for turn in range(10_000):
+        mutation = MUTATIONS[turn % len(MUTATIONS)]
+        data = mutation(draw, whole)
+        path.write_bytes(data)
+        try:
+            header, records = read(path)
+        except LedgerError:
+            refused += 1
+            continue
+        assert header == HEADER
+        assert records == steps(3)[: len(records)], mutation.__name__
+        assert len(records) >= 2 or mutation is not flip_bits
+    assert 5_000 < refused < 10_000, "most mutations are seen, and some do no harm"
+
+
+def test_a_file_that_is_one_endless_line_is_refused_without_being_read(path: Path) -> None:
+    write(path, steps(1))
+    with path.open("ab") as file:
+        file.truncate(1 << 34)  # 16 GB of zeros, which the disk does not hold
+    with pytest.raises(LedgerError, match="line 3: is damaged"):
+        Ledger.read(path)
+
+
+def test_nested_lists_without_end_are_refused(path: Path) -> None:
+    text = b'{"step":0,"seeds":' + b"[" * 100_000 + b"}"
+    crc = b',"crc":"%08x"}' % zlib.crc32(text)
+    path.write_bytes(HEADER_LINE + text[:-1] + crc + b"\n")
+    assert_refused(path, "line 2")
+
+
+# At length
+
+
+def test_steps_are_read_from_the_file_by_number_and_in_stretches(path: Path) -> None:
+    number = 2 * MARK_EVERY + 3
+    write(path, steps(number - 1))
+    with Ledger.open(path, HEADER) as ledger:
+        ledger.append(steps(number)[-1])
+        for records in (ledger.records, Ledger.read(path)[1]):
+            assert len(records) == number
+            for step in (0, 1, MARK_EVERY - 1, MARK_EVERY, 2 * MARK_EVERY, number - 1):
+                assert records[step] == steps(number)[step] == records[step - number]
+            assert records[MARK_EVERY - 2 : MARK_EVERY + 2] == steps(MARK_EVERY + 2)[-4:]
+            assert records[:0] == records[5:3] == []
+            assert [record.step for record in records[:9:4]] == [0, 4, 8]
+            with pytest.raises(IndexError):
+                records[number]
+    assert list(ledger.records) == steps(number), "after close"
+
+
+def test_a_step_that_changed_since_the_ledger_was_opened_is_refused(path: Path) -> None:
+    whole = write(path, steps(3))
+    _, records = Ledger.read(path)
+    path.write_bytes(whole.replace(b'"step":1', b'"step":7'))
+    assert records[0] == steps(1)[0]
+    with pytest.raises(LedgerError, match="line 3: is damaged"):
+        list(records)
+    path.write_bytes(whole[:-5])
+    with pytest.raises(LedgerError, match="line 4: is damaged, it is not closed"):
+        list(records)
+
+
+def test_memory_does_not_grow_with_the_steps(path: Path) -> None:
+    lines = b"".join(sealed(members_of(STEP_LINE) | {"step": step}) for step in range(40_000))
+    path.write_bytes(HEADER_LINE + lines)
+    code = """
+import resource
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with Ledger.open(path, HEADER) as ledger:
+    ledger.append(replace(STEP, step=ledger.next_step))
+    assert sum(1 for _ in ledger.records) == 40_001
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    assert 1000 * int(run_python(code, path)) < 5e6 < len(lines)
+
+
+# Forks
+
+
+def fork(path: Path, step: int, config: str, data: str = "cc") -> Path:
+    target = path.with_name(f"{path.stem}-{config}{step}.jsonl")
+    Ledger.fork(path, target, step, config_hash=config, data_hash=data)
+    return target
+
+
+def test_a_fork_holds_the_parents_lines_and_says_whose_they_are(path: Path) -> None:
+    whole = write(path, steps(4))
+    child = fork(path, 2, "other", "dd")
+    lines = whole.splitlines(keepends=True)
+    assert child.read_bytes().splitlines(keepends=True)[1:] == lines[1:3]
+    digest = hashlib.sha256(b"".join(lines[:3])).hexdigest()
+    expected = replace(HEADER, config_hash="other", data_hash="dd")
+    header = replace(expected, forked_from=((2, "bb", "cc", digest),))
+    assert read(child) == (header, steps(2))
+    assert path.read_bytes() == whole
+    with Ledger.open(child, expected) as ledger:
+        assert (ledger.next_step, ledger.notes) == (2, ())
+        ledger.append(steps(3)[2])
+    with pytest.raises(LedgerError, match="another configuration"):
+        Ledger.open(child, HEADER)
+    grandchild = fork(child, 3, "third")
+    assert [entry[:2] for entry in Ledger.read(grandchild)[0].forked_from] == [
+        (2, "bb"),
+        (3, "other"),
+    ]
+
+
+def test_a_header_tells_since_when_its_config_holds(path: Path) -> None:
+    write(path, steps(9))
+    assert Ledger.read(path)[0].config_since == 0
+    assert Ledger.read(fork(path, 5, "bb"))[0].config_since == 0
+    child = fork(path, 5, "other")
+    assert Ledger.read(child)[0].config_since == 5
+    assert Ledger.read(fork(child, 3, "other"))[0].config_since == 3
+    assert Ledger.read(fork(child, 5, "third"))[0].config_since == 5
+
+
+def test_no_fork_is_made_of_what_is_damaged_or_over_what_is_there(path: Path) -> None:
+    whole = write(path, steps(3))
+    with pytest.raises(ValueError, match="step 4 is not among the 3 steps"):
+        fork(path, 4, "other")
+    child = fork(path, 2, "other")
+    with pytest.raises(LedgerError, match="exists"):
+        fork(path, 2, "other")
+    child.unlink()
+    path.write_bytes(whole.replace(b"0.25", b"0.26", 1))
+    with pytest.raises(LedgerError, match="line 2: is damaged"):
+        fork(path, 2, "other")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "wrong", [[[2, "bb", "cc"]], [["2", "bb", "cc", "dd"]], [[2, "bb", "cc", 3]], 2, {}]
+)
+def test_what_a_fork_says_of_its_parent_has_a_form(path: Path, wrong: object) -> None:
+    members = members_of(HEADER_LINE)
+    path.write_bytes(sealed({**members, "forked_from": wrong}))
+    assert_refused(path, "line 1", "forked_from")
+    path.write_bytes(sealed({**members, "forked_from": []}))  # is left out
+    assert_refused(path, "line 1", "not canonical")
+
+
 # Another run
 
 
@@ -398,7 +624,7 @@ def test_a_second_writer_is_refused(path: Path) -> None:
         code = "try: Ledger.open(path, HEADER)\nexcept LedgerError as error: print(error)"
         assert "is being written by another process" in run_python(code, path)
         ledger.append(STEP)
-        assert Ledger.read(path) == (HEADER, [STEP])
+        assert read(path) == (HEADER, [STEP])
     Ledger.open(path, HEADER).close()
 
 
@@ -427,7 +653,7 @@ for room in (0, 1, len(STEP_LINE) - 5):
     assert path.read_bytes() == whole
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     ledger = Ledger.open(path, HEADER)
-    assert ledger.records == [first] and ledger.repairs == ()
+    assert list(ledger.records) == [first] and ledger.repairs == ()
 ledger.append(second)
 """
 

@@ -1,0 +1,404 @@
+"""A run as one page: RUN_DIR/report/index.html, which needs no other file and no network.
+
+Reads the run's folder only, finished or not; starts nothing and imports nothing heavy but
+matplotlib, which `charts` draws with.
+"""
+
+import html
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator import charts, metrics
+from orchestrator.charts import Points
+from orchestrator.config import Config, ConfigError, Section, load
+from orchestrator.evaluate import interval
+from orchestrator.metrics import Evaluation, Summary
+from orchestrator.seed_sync import Header, Ledger
+
+FOLDER, PAGE = "report", "index.html"
+STYLE = Path(__file__).with_suffix(".css")
+SHARE = "share of "  # before a replica's name, in the name of its column
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What metrics.jsonl holds."""
+
+    columns: Mapping[str, Points]
+    """Per number that steps have, its values at them; the number of probes of `replica_probes`
+    as one column a replica."""
+    evaluations: Sequence[Evaluation]
+
+    def total(self, name: str) -> float:
+        return float(np.nansum(self.columns[name].values)) if name in self.columns else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """All that the page tells."""
+
+    folder: Path
+    config: Config
+    history: History
+    header: Header | None
+    num_steps: int
+    ledger_bytes: int
+    summary: Summary | None
+
+
+def write(folder: Path) -> Path:
+    """Write the page of the run in `folder`; its path.
+
+    ConfigError, in one line, for a folder that holds no run, a damaged ledger, or one that cannot
+    be written to.
+    """
+    story = _read(folder)
+    page = folder / FOLDER / PAGE
+    try:
+        page.parent.mkdir(exist_ok=True)
+        unfinished = page.with_suffix(".new")
+        unfinished.write_text(_page(story), encoding="utf-8")
+        unfinished.replace(page)
+    except OSError as error:
+        raise ConfigError(f"{page}: cannot be written: {error.strerror}") from None
+    return page
+
+
+# -------------------------------------------------------------------- reading
+
+
+def _read(folder: Path) -> Story:
+    path = folder / metrics.CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
+    ledger = folder / metrics.LEDGER_FILE
+    header, records = Ledger.read(ledger) if ledger.exists() else (None, [])
+    finished = (folder / metrics.SUMMARY_FILE).is_file()
+    return Story(
+        folder=folder,
+        config=load(path),
+        history=_history(folder),
+        header=header,
+        num_steps=len(records),
+        ledger_bytes=ledger.stat().st_size if header else 0,
+        summary=metrics.read_summary(folder) if finished else None,
+    )
+
+
+def _history(folder: Path) -> History:
+    steps: dict[str, array[float]] = {}
+    values: dict[str, array[float]] = {}
+    evaluations: dict[int, Evaluation] = {}
+    for entry in metrics.entries(folder):
+        if entry["kind"] == "evaluation":
+            looked = (entry["accuracy"], entry["num_examples"], entry["seconds"])
+            evaluations[entry["step"]] = Evaluation(entry["step"], *looked)
+        elif entry["kind"] == "step":
+            for name, value in _numbers(entry):
+                steps.setdefault(name, array("d")).append(entry["step"])
+                values.setdefault(name, array("d")).append(value)
+    columns = {name: _latest(steps[name], values[name]) for name in steps}
+    return History(columns, [evaluations[step] for step in sorted(evaluations)])
+
+
+def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in entry.items():
+        if name == "replica_probes" and isinstance(value, dict):
+            whole = sum(value.values())
+            for replica, count in value.items():
+                yield SHARE + replica, count / whole
+        elif name not in ("kind", "step") and isinstance(value, int | float):
+            yield name, value
+
+
+def _latest(steps: Sequence[float], values: Sequence[float]) -> Points:
+    """In the order of steps; of a step that is there twice, the entry that was written last."""
+    _, first_from_the_end = np.unique(np.array(steps)[::-1], return_index=True)
+    index = len(steps) - 1 - first_from_the_end
+    return Points(np.array(steps)[index], np.array(values)[index])
+
+
+# -------------------------------------------------------------------- the page
+
+
+def _page(story: Story) -> str:
+    name = html.escape(story.folder.resolve().name)
+    config = story.config
+    what = html.escape(
+        f"{config.model.path} · {config.space.kind} · {config.estimator.kind}, "
+        f"{config.estimator.num_seeds} seeds a step"
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title>
+<style>
+{STYLE.read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<main>
+<header>
+<p>{name} · {what}</p>
+{_headline(story)}
+{_facts(story)}
+</header>
+<h2>Course</h2>
+{_course(story.history)}
+<h2>Result</h2>
+<div class="columns">
+{_result(story)}
+{_versions(story)}
+{_ledger(story)}
+</div>
+<h2>Recipe</h2>
+<p class="note">Every key as it was resolved; bold where it is not the default.</p>
+<div class="columns">
+{"".join(_section(name, section) for name, section in config if isinstance(section, Section))}
+</div>
+</main>
+</body>
+</html>
+"""
+
+
+def _headline(story: Story) -> str:
+    """From the base model's accuracy to the latest, with what chance leaves open."""
+    looks = story.history.evaluations
+    first = next((look for look in looks if look.step == 0), None)
+    last = looks[-1] if looks and looks[-1].step > 0 else None
+    if last is None:
+        state = _percent(first.accuracy) if first else "no evaluation yet"
+        told = f"Zero-shot; 95 % interval {_certainty(first)}." if first else ""
+        return f"<h1>{state}</h1>\n<p>{told}</p>"
+    after = f"after {last.step:,} steps" + ("" if story.summary else ", so far")
+    if first is None:
+        told = f"Held-out accuracy {after}; 95 % interval {_certainty(last)}."
+        return f"<h1>{_percent(last.accuracy)}</h1>\n<p>{told}</p>"
+    gain = 100 * (last.accuracy - first.accuracy)
+    sign = "+" if gain >= 0 else "−"
+    return (
+        f"<h1>{_percent(first.accuracy)} <span>→</span> {_percent(last.accuracy)}"
+        f'<span class="gain">{sign} {abs(gain):.1f} points</span></h1>\n'
+        f"<p>Held-out accuracy, zero-shot and {after}. 95 % intervals: zero-shot "
+        f"{_certainty(first)}; now {_certainty(last)}.</p>"
+    )
+
+
+def _certainty(look: Evaluation) -> str:
+    low, high = interval(look.accuracy, look.num_examples)
+    return f"{100 * low:.1f} to {100 * high:.1f} % of {look.num_examples:,} examples"
+
+
+def _facts(story: Story) -> str:
+    history, total = story.history, story.config.run.steps
+    facts = [("Steps", f"{story.num_steps:,} <small>of {total:,}</small>")]
+    seconds = history.total("seconds")
+    if seconds:
+        middle = float(np.median(history.columns["seconds"].values))
+        facts += [
+            ("A step, median", _duration(middle)),
+            ("Probes a second", f"{history.total('num_probes') / seconds:,.2f}"),
+            ("Tokens a second", f"{history.total('num_tokens') / seconds:,.0f}"),
+            ("Time in steps", _duration(seconds)),
+            ("Seeds dropped", f"{history.total('num_dropped'):,.0f}"),
+        ]
+    items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
+    return f'<dl class="facts">{items}</dl>'
+
+
+def _course(history: History) -> str:
+    columns = history.columns
+    figures = [_accuracy(history.evaluations)] if history.evaluations else []
+
+    def draw(name: str, title: str, form: str, note: str = "", **style: bool) -> None:
+        points = columns.get(name)
+        if points is None or not np.isfinite(points.values).any():
+            return
+        latest = f"{points.values[-1]:{form}}"
+        svg = charts.course(name, points, **style)
+        figures.append(_figure(title, f"last {latest}", svg, note))
+
+    draw("loss", "Training loss", ".4f", "mean over the step's probes", smooth=True)
+    draw("gradient", "|g|", ".3g", "mean over the step's seeds", smooth=True, from_zero=True)
+    draw("lr", "Learning rate", ".3g", from_zero=True)
+    draw("seconds", "Seconds a step", ".3g", smooth=True, from_zero=True)
+    rates = ("probes", "tokens") if "seconds" in columns else ()
+    for what in rates:
+        counts, seconds = columns[f"num_{what}"], columns["seconds"]
+        rate = Points(seconds.steps, counts.values / seconds.values)
+        svg = charts.course(f"{what}_rate", rate, smooth=True, from_zero=True)
+        latest = f"last {rate.values[-1]:,.3g}" if what == "probes" else f"{rate.values[-1]:,.0f}"
+        figures.append(_figure(f"{what.capitalize()} a second", latest, svg))
+    draw("num_dropped", "Dropped losses", ".0f", "seeds whose loss was not finite", from_zero=True)
+    draw("signal_to_noise", "Signal to noise of g", ".3g", smooth=True, from_zero=True)
+    draw("kv_reuse", "KV reuse", ".2f", "share of tokens found in the cache", from_zero=True)
+    replicas = {name: points for name, points in columns.items() if name.startswith(SHARE)}
+    if replicas:
+        figures.append(_replicas(replicas))
+    if not figures:
+        return '<p class="note">No step has been taken yet.</p>'
+    return f'<div class="charts">\n{"".join(figures)}</div>'
+
+
+def _accuracy(looks: Sequence[Evaluation]) -> str:
+    steps = np.array([look.step for look in looks], dtype=np.float64)
+    values = np.array([look.accuracy for look in looks])
+    low, high = np.array([interval(look.accuracy, look.num_examples) for look in looks]).T
+    svg = charts.shares_with_intervals("accuracy", Points(steps, values), low, high)
+    numbers = sorted({look.num_examples for look in looks})
+    examples = " or ".join(f"{number:,}" for number in numbers)
+    note = f"bars: 95 % intervals (Wilson); a look takes {examples} examples"
+    return _figure("Held-out accuracy", f"looks: {len(looks)}", svg, note, wide=True)
+
+
+def _replicas(columns: Mapping[str, Points]) -> str:
+    """Of replicas that come and go: nothing where they had no part."""
+    steps = np.unique(np.concatenate([points.steps for points in columns.values()]))
+    parts = {}
+    for name, points in columns.items():
+        values = np.zeros(len(steps))
+        values[np.searchsorted(steps, points.steps)] = points.values
+        parts[name.removeprefix(SHARE)] = Points(steps, values)
+    legend = "".join(
+        f'<i class="swatch" style="background:{colour}"></i>{html.escape(name)}'
+        for name, colour in charts.legend(list(parts))
+    )
+    return _figure(
+        "Replicas' share of probes", "", charts.stacked_shares("replicas", parts), legend
+    )
+
+
+def _figure(title: str, aside: str, svg: str, note: str = "", *, wide: bool = False) -> str:
+    below = f"<p>{note}</p>" if note else ""
+    kind = ' class="wide"' if wide else ""
+    return (
+        f"<figure{kind}><figcaption>{title}<span>{aside}</span></figcaption>"
+        f'<div role="img" aria-label="{title} over the steps">{svg}</div>{below}</figure>\n'
+    )
+
+
+# -------------------------------------------------------------------- tables
+
+
+def _result(story: Story) -> str:
+    summary = story.summary
+    if summary is None:
+        total = story.config.run.steps
+        rows = [("State", f"unfinished: {story.num_steps:,} of {total:,} steps")]
+        return _card("Final table", _table(rows))
+    number = summary.num_held_out
+    rows = []
+    if summary.baseline_accuracy is not None:
+        rows.append(("Zero-shot accuracy", _with_interval(summary.baseline_accuracy, number)))
+    rows += [
+        ("Final accuracy", _with_interval(summary.final_accuracy, number)),
+        ("Held-out examples", f"{number:,}"),
+        ("Steps", f"{summary.steps:,}"),
+        ("Wall time of the last process", _duration(summary.wall_s)),
+        ("Probes a second", f"{summary.evaluations_per_s:,.2f}"),
+        ("Tokens a second", f"{summary.trained_tokens_per_s:,.0f}"),
+    ]
+    return _card("Final table", _table(rows, numbers=True))
+
+
+def _ledger(story: Story) -> str:
+    header = story.header
+    if header is None:
+        return _card("Ledger", _table([("State", "not begun")]))
+    each = f", {story.ledger_bytes / story.num_steps:,.0f} a step" if story.num_steps else ""
+    rows = [
+        ("steps", f"{story.num_steps:,}"),
+        ("bytes", f"{story.ledger_bytes:,}{each}"),
+        ("digest of the trained state", story.summary.digest if story.summary else "at the end"),
+        ("format", str(header.format)),
+        ("noise version", str(header.noise_version)),
+        ("model", header.model),
+        ("weights hash", header.weights_hash),
+        ("config hash", header.config_hash),
+        ("data hash", header.data_hash),
+    ]
+    for step, config_hash, _, digest in header.forked_from:
+        rows += [
+            ("forked", f"at step {step:,} from config {config_hash}"),
+            ("parent's ledger", f"sha256 {digest}"),
+        ]
+    return _card("Ledger", _table(_escaped(rows), "code"))
+
+
+def _versions(story: Story) -> str:
+    versions = story.header.versions if story.header else ()
+    if story.summary:  # of the process that finished the run; the header has the first one's
+        versions = tuple(story.summary.versions.items())
+    return _card("Versions", _table(_escaped(versions), "code")) if versions else ""
+
+
+def _section(name: str, section: Section) -> str:
+    """A section of the recipe."""
+    rows = "".join(
+        f'<tr{" class=chosen" if chosen else ""}><th scope="row">{html.escape(key)}</th>'
+        f"<td>{html.escape(_spelt(value))}</td></tr>"
+        for key, value, chosen in _keys(section)
+    )
+    return _card(html.escape(name), f'<table class="code">{rows}</table>')
+
+
+def _keys(section: Section, prefix: str = "") -> Iterator[tuple[str, object, bool]]:
+    """Every key of a section, its value, and whether that is not the default."""
+    values = section.model_dump(mode="json")
+    given = section.model_dump(mode="json", exclude_defaults=True)
+    for name, value in section:
+        if isinstance(value, Section):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, values[name], name in given
+
+
+def _spelt(value: object) -> str:
+    """As the recipe would have it."""
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _card(title: str, content: str) -> str:
+    return f'<div class="card"><h3>{title}</h3>{content}</div>\n'
+
+
+def _table(rows: Iterable[tuple[str, str]], kind: str = "", *, numbers: bool = False) -> str:
+    cell = '<td class="number">' if numbers else "<td>"
+    lines = "".join(
+        f'<tr><th scope="row">{name}</th>{cell}{value}</td></tr>' for name, value in rows
+    )
+    return f'<table class="{kind}">{lines}</table>' if kind else f"<table>{lines}</table>"
+
+
+def _escaped(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(html.escape(name), html.escape(value)) for name, value in rows]
+
+
+def _with_interval(share: float, number: int) -> str:
+    low, high = interval(share, number)
+    return f"{_percent(share)} <small>({100 * low:.1f} to {100 * high:.1f})</small>"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:,.1f} ms"
+    if seconds < 120:
+        return f"{seconds:,.2f} s" if seconds < 10 else f"{seconds:,.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 120:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"

@@ -1,0 +1,201 @@
+"""The page about a run: what it tells of finished and unfinished ones, and that it stands alone."""
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator import report
+from orchestrator.config import ConfigError
+from orchestrator.evaluate import interval
+from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary
+from orchestrator.seed_sync import Header, Ledger, StepRecord
+
+HEADER = Header(1, 1, "tiny <b>", "weights-aa", "config-bb", "data-cc", (("sglang", "0.5.17"),))
+VOID = {"meta", "br", "link", "img"}
+
+
+def make_run(
+    folder: Path, recipe: dict[str, Any], steps: int, *, total: int = 6, **summary: Any
+) -> Path:
+    """A run folder as training leaves it after some steps, one in three with a dropped seed."""
+    folder.mkdir()
+    recipe = {**recipe, "run": {**recipe["run"], "steps": total}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    records = Records(folder)
+    records.evaluation(Evaluation(0, 0.5, 50, 1.0))
+    with Ledger.create(folder / "ledger.jsonl", HEADER) as ledger:
+        for step in range(steps):
+            loss = math.nan if step % 3 == 2 else 1 / (step + 1)
+            kept = None if step % 3 == 2 else 0.5
+            ledger.append(StepRecord(step, (step,), ((0.1, 0.2),), (kept,), 1.0, 1e-3, 1e-6, "ab"))
+            records.step(StepMetrics(step, loss, 2.0, 1e-6, int(kept is None), 2, 100, 0.5))
+    if summary:
+        records.evaluation(Evaluation(total, summary["final_accuracy"], 50, 1.0))
+        records.summary(
+            Summary(total, 9.0, 4.0, 200.0, 0.5, num_held_out=50, digest="d1d2", **summary)
+        )
+    records.close()
+    return folder
+
+
+class Outline(HTMLParser):
+    """Refuses tags that do not close in order; keeps text, and all that an attribute names."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.text.append(" ".join(data.split()))  # spaces that do not break too
+
+
+def read(folder: Path) -> tuple[str, Outline]:
+    page = report.write(folder)
+    assert page == folder / "report" / "index.html"
+    text = page.read_text(encoding="utf-8")
+    return text, Outline(text)
+
+
+def charts_of(page: Outline) -> int:
+    return page.tags.count("figure")
+
+
+@pytest.fixture
+def finished(tmp_path: Path, recipe: dict[str, Any]) -> Path:
+    versions = {"sglang": "0.5.17", "torch": "2.11.0"}
+    return make_run(tmp_path / "run", recipe, 6, final_accuracy=0.75, versions=versions)
+
+
+def test_a_finished_run_is_told_whole(finished: Path) -> None:
+    _, page = read(finished)
+    told = " ".join(page.text)
+    assert "50.0 % → 75.0 % + 25.0 points" in told
+    assert "36.6 to 63.4 % of 50 examples" in told  # Wilson's interval of 25 in 50
+    for words in ("num_seeds", "weights-aa", "d1d2", "torch", "2.11.0"):
+        assert words in told
+    for title in ("Held-out accuracy", "Training loss", "|g|", "Learning rate", "Seconds a step"):
+        assert title in page.text
+    assert charts_of(page) == 8  # and probes and tokens a second, and what was dropped
+    assert "Seeds dropped 2" in told
+
+
+def test_the_page_needs_nothing_from_elsewhere(finished: Path) -> None:
+    text, page = read(finished)
+    assert not {"script", "link", "img", "iframe", "image"} & set(page.tags)
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", text)
+    assert all(value and value.startswith("#") for name, value in page.attributes if name == "href")
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)), "charts share ids"
+    assert "#0101" not in text and "#0102" not in text, "a colour that is not the page's"
+
+
+def test_the_same_run_gives_the_same_page(finished: Path) -> None:
+    assert read(finished)[0] == read(finished)[0]
+
+
+def test_what_a_run_calls_itself_is_text_not_markup(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    template = "</td><script>alert(1)</script>{sentence} It was {option}"
+    task = {**recipe["task"], "template": template}
+    folder = make_run(tmp_path / "<i>run", {**recipe, "task": task}, 1)
+    _, page = read(folder)
+    assert not {"script", "i", "b"} & set(page.tags)
+    assert template in page.text and "<i>run" in page.text and "tiny <b>" in page.text
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_an_unfinished_run_is_told_as_far_as_it_goes(
+    steps: int, tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    folder = make_run(tmp_path / "run", recipe, steps)
+    for name in ("ledger.jsonl", "metrics.jsonl"):  # as a crash leaves them
+        with (folder / name).open("ab") as file:
+            file.write(b'{"kind": "step", "step": 4, "lo')
+    _, page = read(folder)
+    told = " ".join(page.text)
+    assert f"unfinished: {steps} of 6 steps" in told
+    assert "Zero-shot; 95 % interval 36.6 to 63.4 %" in told
+    assert charts_of(page) == (8 if steps else 1)
+
+
+def test_a_run_that_has_only_its_recipe(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
+    _, page = read(tmp_path)
+    assert "No step has been taken yet." in page.text and "not begun" in page.text
+
+
+def test_numbers_that_only_some_runs_record_are_drawn_where_they_are(
+    finished: Path,
+) -> None:
+    path = finished / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    more = ', "signal_to_noise": 3.5, "kv_reuse": 0.25, "replica_probes": {"a": 1, "b": 3}}'
+    path.write_text("\n".join(line[:-1] + more if '"loss"' in line else line for line in lines))
+    _, page = read(finished)
+    assert charts_of(page) == 11
+    for words in ("Signal to noise of g", "KV reuse", "Replicas' share of probes", "a", "b"):
+        assert words in page.text
+
+
+def test_a_step_that_was_noted_twice_counts_once(finished: Path) -> None:
+    before = read(finished)[0]
+    path = finished / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    earlier = lines[3].replace('"loss": 0.5', '"loss": 0.9')
+    assert earlier != lines[2]
+    path.write_text("".join([*lines[:2], earlier, *lines[2:]]))
+    assert read(finished)[0] == before
+
+
+def test_a_long_run_makes_a_small_page(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    folder = make_run(tmp_path / "run", recipe, 0, total=20_000)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in range(20_000):
+            numbers = f'"loss": {1 + step % 7}, "gradient": 1, "lr": 1, "num_dropped": 0'
+            counts = '"num_probes": 2, "num_tokens": 9, "seconds": 1'
+            file.write(f'{{"kind": "step", "step": {step}, {numbers}, {counts}}}\n')
+    text, _ = read(folder)
+    assert len(text) < 500_000
+
+
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match="no run folder, it holds no config.yaml") as caught:
+            report.write(folder)
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("right", [0, 1, 25, 49, 50])
+def test_the_interval_ends_where_a_true_share_would_be_1_96_deviations_off(right: int) -> None:
+    share, number = right / 50, 50
+    low, high = interval(share, number)
+    assert 0 <= low <= share <= high <= 1
+    for end in (low, high):
+        if end not in (0.0, 1.0):
+            deviation = math.sqrt(end * (1 - end) / number)
+            assert abs(share - end) == pytest.approx(1.959964 * deviation, rel=1e-9)
