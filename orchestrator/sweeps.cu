@@ -20,7 +20,7 @@ enum Format { NOTHING, FLOAT32, BFLOAT16, FLOAT16 };
 // RESIDENT            programs that a multiprocessor has room for, at least
 // RANK, ONE_DRAW      of low-rank noise: its rank, and whether there is one draw
 // ROWS_A_TILE         of low-rank noise
-// TILES_ACROSS        tiles of low-rank noise that lie side by side
+// TILES_ACROSS        tiles of low-rank noise that lie side by side; 0 for a whole row
 // DIGEST_LIVE         whether to digest live values
 
 constexpr int THREADS = LANES * WARPS;
@@ -432,8 +432,8 @@ KERNEL update_once(
 }
 
 // Takes a step along low-rank noise. A tile is ROWS_A_TILE rows of 256 columns: what a lane reads
-// of a right factor serves all of them. The tiles of a program's warps lie side by side, as in
-// memory, and those of a warp's rounds below each other: right factors stay in the cache.
+// of a right factor serves all of them. Tiles lie side by side in bands, as in memory, and a band's
+// rows of tiles below each other: right factors stay in the cache.
 KERNEL low_rank_update(
     const Slice* __restrict__ slices,
     const int* __restrict__ owners,
@@ -445,13 +445,14 @@ KERNEL low_rank_update(
     const Slice* slice = slices + owners[this_program()];
     i64 rows = slice->rows, columns = slice->columns;
     int tiles_down = int((rows + ROWS_A_TILE - 1) / ROWS_A_TILE);
+    int width = TILES_ACROSS ? TILES_ACROSS : int(slice->tiles_a_row);
     for (int round = 0; round < ROUNDS; ++round) {
         int number = tile_number(slice, round);
         if (number >= slice->num_tiles) return;
-        int row_of_tiles = number / TILES_ACROSS;
+        int row_of_tiles = number / width;
         i64 first_row = i64(row_of_tiles % tiles_down) * ROWS_A_TILE;
-        int band = row_of_tiles / tiles_down, place = number % TILES_ACROSS;
-        i64 across = (i64(band) * TILES_ACROSS + place) * (32 * EIGHT);
+        int band = row_of_tiles / tiles_down, place = number % width;
+        i64 across = (i64(band) * width + place) * (32 * EIGHT);
         for (int part = this_lane(); part < 32; part += LANES) {
             // Of an unaligned row, what shares a block of rounding bits begins elsewhere.
             Eight eight[ROWS_A_TILE];

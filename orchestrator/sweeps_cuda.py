@@ -135,6 +135,8 @@ class Tiling(NamedTuple):
     """Programs that a multiprocessor has room for, at least: bounds their registers."""
     rows: int = 1
     """With one row a tile, slices whose rows are adjacent count as one row."""
+    across: int = 0
+    """With more, tiles that lie side by side before the next row of them; 0: a whole row."""
 
     @property
     def columns(self) -> int:
@@ -159,7 +161,7 @@ UPDATE_ONCE: dict[tuple[NoiseKind, torch.dtype], Tiling] = {
 }
 DIGEST = Tiling(GAUSSIAN_BLOCK, warps=8, rounds=4, chunks=4)
 # Tiles of low-rank noise span rows: what is read of a right factor serves all of them.
-LOW_RANK = Tiling(GAUSSIAN_BLOCK, warps=4, rounds=8, chunks=1, resident=4, rows=4)
+LOW_RANK = Tiling(GAUSSIAN_BLOCK, warps=4, rounds=8, chunks=1, resident=4, rows=4, across=4)
 
 
 class Variant(NamedTuple):
@@ -375,7 +377,7 @@ def _macros(tiling: Tiling, variant: Variant, others: dict[str, int]) -> Macros:
         "ROWS_A_TILE": tiling.rows,
         "GAUSSIAN": 1,
         "RANK": 1,
-        "TILES_ACROSS": tiling.warps,
+        "TILES_ACROSS": tiling.across,
         "ONE_DRAW": 0,
         "DIGEST_LIVE": 0,
     }
@@ -430,8 +432,8 @@ def _described(part: Slice, tiling: Tiling, aligned: bool) -> tuple[list[int], i
     rows, columns = _shape(part, tiling)
     reach = columns if aligned else columns + tiling.block - 1  # a tile may begin before its row
     across, down = -(-reach // tiling.columns), -(-rows // tiling.rows)
-    if tiling.rows > 1:  # whole bands of tiles, side by side
-        across = -(-across // tiling.warps) * tiling.warps
+    if tiling.across:  # whole bands of tiles, side by side
+        across = -(-across // tiling.across) * tiling.across
     fields = [0] * NUM_FIELDS
     fields[Field.MASTER] = 0 if part.master is None else part.master.data_ptr()
     fields[Field.LIVE] = part.live.data_ptr()
