@@ -1,7 +1,7 @@
 # make setup   everything into .venv, once
 # make demo    fine-tune a small model on film reviews, on the CPU, in a few minutes
 # make test    lint, types and all tests that need no GPU;  make quick: the fast part of it
-# make bench   measure sweeps, adapter slots, OPT's forward and whole steps; with a GPU, on it
+# make bench   measure sweeps, adapter slots, OPT's forward, whole steps and their memory; with a GPU, on it
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell \
 	$(name) -c 'import sys; print("$(name)") if (3, 11) <= sys.version_info[:2] <= (3, 12) else 0' \
 	2>/dev/null)))
@@ -27,6 +27,7 @@ bench: setup
 	$(RUN) -m benchmarks.adapters
 	$(RUN) -m benchmarks.opt_forward
 	$(RUN) -m benchmarks.steps
+	$(RUN) -m benchmarks.memory
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -110,8 +110,7 @@ class Chunk:
     owners: tuple[int, ...]
     """The slice of each of the table's."""
     swept: Any = None
-    stored: Any = None
-    """Marks behind the last sweep, and behind the last copy to the host."""
+    """A mark behind the last sweep."""
 
 
 class HostTable:
@@ -135,8 +134,9 @@ class HostTable:
         device = slices[0].live.device
         size = chunk_elements or _chunk_elements(sum(part.live.numel() for part in slices))
         packed = list(_packed(slices, stages, size))
+        largest = max(map(_end, packed))
         self._buffers = [
-            torch.empty(min(size, _end(packed[0])), device=device)
+            torch.empty(largest, dtype=torch.float32, device=device)
             for _ in range(min(NUM_BUFFERS, len(packed)))
         ]
         self._lanes = lanes or _streams(self._buffers)
@@ -151,7 +151,8 @@ class HostTable:
         self._is_overlapping = False
 
     def _chunk(self, pieces: Sequence[Piece], buffer: int) -> Chunk:
-        masters = torch.empty(_end(pieces), pin_memory=self._buffers[0].is_cuda)
+        on_gpu = self._buffers[0].is_cuda
+        masters = torch.empty(_end(pieces), dtype=torch.float32, pin_memory=on_gpu)
         swept = []
         for piece in pieces:
             live, initial = piece.part.live, piece.part.master
@@ -195,9 +196,9 @@ class HostTable:
         lanes.sweep.wait(lanes.compute.mark())  # a forward may still read the live weights
         for chunk in self._chunks:
             buffer = self._buffers[chunk.buffer][: len(chunk.masters)]
-            for mark in (self._free[chunk.buffer], chunk.stored):
-                if mark is not None:
-                    lanes.load.wait(mark)
+            # Behind the last copy back from this buffer; those of its chunk came before.
+            if self._free[chunk.buffer] is not None:
+                lanes.load.wait(self._free[chunk.buffer])
             lanes.load.run(partial(buffer.copy_, chunk.masters, non_blocking=True))
             lanes.sweep.wait(lanes.load.mark())
             lanes.sweep.run(partial(sweep, chunk))
@@ -205,7 +206,7 @@ class HostTable:
             if changes:
                 lanes.store.wait(chunk.swept)
                 lanes.store.run(partial(chunk.masters.copy_, buffer, non_blocking=True))
-                self._free[chunk.buffer] = chunk.stored = lanes.store.mark()
+                self._free[chunk.buffer] = lanes.store.mark()
         self._await(0 if self._is_overlapping else max(self._last_chunks))
 
     # ---------------------------------------------------------------- forwards

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from benchmarks import measure, reference, steps, workloads
+from benchmarks import measure, memory, reference, steps, workloads
 from benchmarks.shapes import SHAPES
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.engine import Engine
@@ -167,3 +167,25 @@ def test_steps_keeps_what_it_measures(
         assert (row["turns"], row["num_probes"]) == (1, num_probes)
         assert {key for _, key in steps.COLUMNS} <= row.keys()
         assert all(value > 0 for value in row.values() if not isinstance(value, str))
+
+
+@pytest.mark.slow
+def test_memory_is_what_a_space_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spaces = ["dense:float32", "dense:bfloat16", "low_rank", "lora"]
+    arguments = {
+        "shapes": "opt-tiny",
+        "tokens": "4x16",
+        "spaces": ",".join(spaces),
+        "steps": "1",
+        "results": str(tmp_path),
+    }
+    memory.main([part for key, value in arguments.items() for part in (f"--{key}", value)])
+    assert "held" in capsys.readouterr().out
+    (path,) = tmp_path.glob("memory-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["space"] for row in rows] == spaces
+    held = [row["held_bytes_a_parameter"] for row in rows]
+    assert held[0] - held[1] == pytest.approx(2, abs=0.05)  # of the master
+    assert held[0] > getattr(torch, measure.DTYPE).itemsize + 4
+    if measure.ON_GPU:
+        assert all(row["peak_bytes_a_parameter"] > 0 for row in rows)

@@ -4,12 +4,17 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
+from host_runs import config, run, same
 from torch import nn
 
+from orchestrator import host_master, spaces
 from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import Config, ConfigError
 from orchestrator.engine import Engine
 from orchestrator.host_master import HostTable, Lanes, staged
 from orchestrator.noise import TensorRegion
@@ -158,6 +163,7 @@ def expected() -> tuple[list[bytes], list[list[int]]]:
         for sign in (1, -1):
             trained.perturb(update.step, sign * 0.1)
             model(at_once, found)
+        model(at_once, found)
         trained.apply(update)
     trained.settle()
     model(at_once, found)
@@ -182,10 +188,11 @@ def test_forwards_read_the_bits_of_masters_that_never_left(
                 for sign in (1, -1):
                     trained.perturb(update.step, sign * 0.1)
                     model(device.lanes.compute.run, found)
+            model(device.lanes.compute.run, found)  # outside, all wait for everything
             trained.apply(update)
         trained.settle()
         assert not any(module._forward_pre_hooks for module in model.modules())
-        model(device.lanes.compute.run, found)  # outside, all wait for everything
+        model(device.lanes.compute.run, found)
         found_digests = digests(trained)  # which waits for all lanes
         assert (found, found_digests) == wanted
 
@@ -235,3 +242,48 @@ def test_an_engines_forward_calls_every_layer_in_its_order(
     for hook in hooks:
         hook.remove()
     assert called == layers and len(layers) == 2
+
+
+class ImmediateLane:
+    """All is done by the time it is given. See host_master.Lane."""
+
+    def run(self, work: Callable[[], object]) -> None:
+        work()
+
+    def mark(self) -> bool:
+        return True
+
+    def wait(self, mark: bool) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu has the real streams")
+def test_a_replica_answers_as_with_its_master_beside_the_weights(
+    recipe: dict[str, Any], model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a real engine."""
+    folder = model_folders["llama"]
+    expected = run(config(recipe, folder, "bfloat16", "float32"), "cpu")
+    monkeypatch.setattr(spaces.SpacePlan, "_check_host", lambda plan: None)
+    monkeypatch.setattr(host_master, "SMALLEST_CHUNK", 4096)
+    lanes = Lanes(*(ImmediateLane() for _ in range(4)))
+    monkeypatch.setattr(host_master, "_streams", lambda buffers: lanes)
+    assert same(run(config(recipe, folder, "bfloat16", "host"), "cpu"), expected)
+
+
+def test_a_host_without_a_gpu_or_the_memory_is_refused_before_anything_loads(
+    recipe: dict[str, Any], model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folders["opt"]
+    values = {**recipe, "model": {"path": str(folder)}, "space": {"master": "host"}}
+    host, checkpoint = Config.model_validate(values), Checkpoint(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"space\.master: host: there is no GPU .* use float32"):
+        spaces.SpacePlan(host, checkpoint)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(spaces, "_free_bytes", {"cpu": 1000}.__getitem__)
+    with pytest.raises(ConfigError, match=r"of the host's memory, of which 0\.0 are free"):
+        spaces.SpacePlan(host, checkpoint)
