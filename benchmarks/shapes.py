@@ -34,6 +34,7 @@ SHAPES = {
     "opt-125m": opt(768, 12, 12),
     "opt-1.3b": opt(2048, 24, 32),
     "opt-13b": opt(5120, 40, 40),
+    "opt-30b": opt(7168, 48, 56),
     "smollm2-135m": Shape(
         LlamaConfig(
             vocab_size=49152,

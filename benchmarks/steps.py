@@ -11,8 +11,8 @@ adapters; a step of one probe is held against two. What is compared runs turn by
 
 `--tokens`: 16x64 is a block of sequences all of whose tokens are scored; sst2 is 16 prompts with
 two options, which the reference runs as padded sequences of their own. `--spaces`: dense and
-low_rank with the precision of their master; lora, and lora:fp8 over a base in 8 bits; any with
-:rademacher behind it.
+low_rank with the precision of their master; on a GPU, dense:host with a master in the host's
+memory; lora, and lora:fp8 over a base in 8 bits; any with :rademacher behind it.
 """
 
 import argparse
@@ -115,6 +115,8 @@ class SpaceChoice:
     master: torch.dtype = torch.float32
     quantization: str | None = None
     noise: NoiseKind = "gaussian"
+    on_host: bool = False
+    """Whether the master lies in the host's memory."""
 
     @staticmethod
     def parse(text: str) -> "SpaceChoice":
@@ -125,6 +127,8 @@ class SpaceChoice:
             return SpaceChoice(kind, quantization=choice or None, noise=noise)
         if kind not in ("dense", "low_rank"):
             raise ValueError(f"--spaces: {text}: there are dense, lora and low_rank")
+        if choice == "host":
+            return SpaceChoice(kind, on_host=True, noise=noise)
         return SpaceChoice(kind, getattr(torch, choice or "float32"), noise=noise)
 
     def adapters(self, shape: Shape, num_slots: int) -> AdapterPlan | None:
@@ -138,7 +142,10 @@ class SpaceChoice:
     def build(self, engine: Engine) -> Space:
         if self.kind == "dense":
             return DenseSpace(
-                live_tensors(engine.model), noise=self.noise, master_dtype=self.master
+                live_tensors(engine.model),
+                noise=self.noise,
+                master_dtype=self.master,
+                host_of=engine.model if self.on_host else None,
             )
         assert engine.slots is not None
         if self.kind == "lora":
@@ -163,6 +170,25 @@ def live_tensors(model: torch.nn.Module) -> list[CanonicalTensor]:
         live = parameters[shard.place.parameter][shard.parameter_row : last_row].view(1, -1)
         tensors.append(CanonicalTensor(region(name, shard), shard, live, initial=live))
     return tensors
+
+
+def load(shape: Shape, choice: SpaceChoice, settings: Settings) -> Engine:
+    """An engine with random weights that has room for a space and its steps."""
+    most = max(map(workloads.longest, settings.batches(shape).values())) * settings.num_forwards
+    measure.free_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        shape.config.save_pretrained(folder)
+        return Engine(
+            folder,
+            dtype=DTYPE,
+            device=DEVICE,
+            kv_tokens=max(SMALLEST_POOL, min(most, LARGEST_POOL)),
+            threads=NUM_THREADS,
+            score_graphs=not choice.on_host,
+            load_format="dummy",
+            quantization=choice.quantization,
+            adapters=choice.adapters(shape, settings.num_forwards),
+        )
 
 
 class OurSteps:
@@ -295,10 +321,11 @@ class Comparison:
         }
 
     def run(self) -> list[Row]:
-        plan = self._choice.adapters(self._shape, self._settings.num_forwards)
-        engine = self._load(plan, self._choice.quantization)
+        choice, settings = self._choice, self._settings
+        engine = load(self._shape, choice, settings)
         # Before the space takes its memory: SGLang asks for half of what is free.
-        plain = engine if plan is None else self._load(None, None)
+        is_plain = choice.kind == "dense"
+        plain = engine if is_plain else load(self._shape, SpaceChoice("dense"), settings)
         space = self._choice.build(engine)
         ours = {
             tokens: OurSteps(engine, space, batches, self._settings)
@@ -316,10 +343,7 @@ class Comparison:
     @contextmanager
     def our_steps(self) -> Iterator[dict[str, OurSteps]]:
         """Our steps alone, by tokens."""
-        engine = self._load(
-            self._choice.adapters(self._shape, self._settings.num_forwards),
-            self._choice.quantization,
-        )
+        engine = load(self._shape, self._choice, self._settings)
         space = self._choice.build(engine)
         yield {
             tokens: OurSteps(engine, space, batches, self._settings)
@@ -327,22 +351,6 @@ class Comparison:
         }
         del space
         engine.close()
-
-    def _load(self, plan: AdapterPlan | None, quantization: str | None) -> Engine:
-        most = max(map(workloads.longest, self._batches.values())) * self._settings.num_forwards
-        measure.free_memory()
-        with tempfile.TemporaryDirectory() as folder:
-            self._shape.config.save_pretrained(folder)
-            return Engine(
-                folder,
-                dtype=DTYPE,
-                device=DEVICE,
-                kv_tokens=max(SMALLEST_POOL, min(most, LARGEST_POOL)),
-                threads=NUM_THREADS,
-                load_format="dummy",
-                quantization=quantization,
-                adapters=plan,
-            )
 
     def _against_prefills(self, ours: dict[str, OurSteps], plain: Engine) -> None:
         settings = self._settings

@@ -60,8 +60,9 @@ class Space(Section):
     kind: Literal["dense", "lora", "low_rank", "prefix"] = "dense"
     """dense: all weights. lora: an adapter. low_rank: all matrices, by noise of low rank.
     prefix: keys and values of virtual tokens in front of every sequence."""
-    master: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the trained state; bfloat16 rounds stochastically. lora, prefix: float32."""
+    master: Literal["float32", "bfloat16", "host"] = "float32"
+    """Precision of the trained state; bfloat16 rounds stochastically. lora, prefix: float32.
+    host: dense, GPU: float32, in the host's pinned memory, streamed through the GPU."""
     slots: Annotated[int, Field(ge=2, multiple_of=2, strict=True)] = 8
     """lora, low_rank, prefix: perturbations that one forward evaluates together."""
     rank: Positive = 8
@@ -94,6 +95,8 @@ class Space(Section):
     def _check(self) -> Self:
         if self.kind in ("lora", "prefix") and self.master != "float32":
             raise ValueError(f"master: {self.master}: space.kind={self.kind} is kept in float32")
+        if self.kind == "low_rank" and self.master == "host":
+            raise ValueError("master: host: is of no use to space.kind=low_rank; use float32")
         for key, kinds in SPACE_KEYS.items():
             is_default = getattr(self, key) == type(self).model_fields[key].default
             if self.kind not in kinds and not is_default:
@@ -336,6 +339,8 @@ class Config(Section):
                 f"model.quantization: {self.model.quantization}: space.kind={self.space.kind} "
                 "trains the base weights, which must not be quantised"
             )
+        if self.model.device == "cpu" and self.space.master == "host":
+            raise ValueError("space.master: host: a CPU's memory is the host's; use float32")
         if self.estimator.momentum and self.space.refresh > 1:
             raise ValueError(
                 f"estimator.momentum: {self.estimator.momentum}: space.refresh="
@@ -343,12 +348,20 @@ class Config(Section):
             )
         return self
 
+    @property
+    def score_graphs(self) -> bool:
+        """GPU: whether scoring forwards are captured. Layers of a graph could not wait for their
+        weights one by one."""
+        return self.model.score_graphs and self.space.master != "host"
+
     def identity(self) -> str:
         """Hash (SHA-256, hex) of all that decides a run's ledger, but for weights and rows.
 
         Those have hashes of their own in the ledger, so that files may move. Left out too is what
         may change when a run is resumed: where it runs and what it shows.
         """
+        if self.space.master == "host":  # the bits are those of float32 without graphs
+            return self._in_device_memory().identity()
         data = self.model_dump(
             mode="json",
             exclude_defaults=True,  # so that a key that is added later changes no identity
@@ -364,6 +377,12 @@ class Config(Section):
         data["run"] = {"steps": self.run.steps, "seed": self.run.seed}
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _in_device_memory(self) -> Self:
+        """The same run with its master on the GPU."""
+        space = self.space.model_copy(update={"master": "float32"})
+        model = self.model.model_copy(update={"score_graphs": False})
+        return self.model_copy(update={"space": space, "model": model})
 
     def dump(self) -> str:
         """The resolved configuration as YAML that `load` reads back to an equal one."""

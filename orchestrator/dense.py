@@ -5,16 +5,20 @@ that a probe leaves no trace (MeZO's in-place +eps, -2 eps, +eps drifts). Knows 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from orchestrator import space
 from orchestrator.export import write_model
+from orchestrator.host_master import HostTable, staged
 from orchestrator.noise import NoiseKind
 from orchestrator.parameters import CanonicalTensor
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.space import Groups, Placed, Trained, TrainedTensor
+from orchestrator.sweeps import Slice
 
 
 class DenseSpace:
@@ -23,9 +27,25 @@ class DenseSpace:
     adapter = None
 
     def __init__(
-        self, tensors: Sequence[CanonicalTensor], *, noise: NoiseKind, master_dtype: torch.dtype
+        self,
+        tensors: Sequence[CanonicalTensor],
+        *,
+        noise: NoiseKind,
+        master_dtype: torch.dtype,
+        host_of: nn.Module | None = None,
     ) -> None:
+        """With `host_of`, the model on a CUDA device whose parameters the live tensors are, the
+        master lies in the host's memory, in float32."""
         device = tensors[0].live.device
+        self._host: HostTable | None = None
+        self._layers: list[nn.Module] = []
+        if host_of is not None:
+            assert master_dtype == torch.float32
+            device = torch.device("meta")  # the table takes the values
+            slices = [Slice(tensor.region, tensor.initial, tensor.live) for tensor in tensors]
+            names = [tensor.shard.place.parameter for tensor in tensors]
+            self._layers, stages = staged(host_of, names)
+            self._host = HostTable(slices, stages)
         self.trained = Trained(
             [
                 TrainedTensor(
@@ -37,6 +57,7 @@ class DenseSpace:
                 for tensor in tensors
             ],
             noise,
+            self._host,
         )
 
     @property
@@ -48,9 +69,14 @@ class DenseSpace:
         return self.trained.num_parameters
 
     def placed(self, probes: Sequence[Probe]) -> Groups:
-        for probe in probes:
-            self.trained.perturb(probe.seed, probe.sign * probe.eps)
-            yield [Placed(probe, self.adapter)]
+        with self._overlapping():
+            for probe in probes:
+                self.trained.perturb(probe.seed, probe.sign * probe.eps)
+                yield [Placed(probe, self.adapter)]
+
+    def _overlapping(self) -> AbstractContextManager[None]:
+        """Within, a forward's first layers compute while later ones are perturbed."""
+        return nullcontext() if self._host is None else self._host.overlapping(self._layers)
 
     def apply(self, update: StepUpdate) -> None:
         self.trained.apply(update)

@@ -57,7 +57,7 @@ class Replica:
             threads=threads,
             trust_remote_code=config.model.trust_remote_code,
             allow_fallback=config.model.allow_fallback,
-            score_graphs=config.model.score_graphs,
+            score_graphs=config.score_graphs,
             quantization=config.model.quantization,
             adapters=plan.adapters,
             prefixes=plan.prefixes,

@@ -78,15 +78,14 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
     path = folder / metrics.CONFIG_FILE
     if not path.is_file():
         raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
-    recorded = load(path)
-    for override in overrides:
-        if load(path, [override]).identity() != recorded.identity():
-            raise ConfigError(
-                f"{override}: the run in {folder} has steps that depend on this key; what may "
-                "change is model.path, model.device, space.init, task.train, task.test, "
-                "fleet.kind, fleet.num_replicas, run.eval_every, run.eval_examples and "
-                "run.check_every"
-            )
+    recorded = load(path).identity()
+    if load(path, overrides).identity() != recorded:
+        deciding = [each for each in overrides if load(path, [each]).identity() != recorded]
+        raise ConfigError(
+            f"{(deciding or overrides)[0]}: the run in {folder} has steps that depend on this "
+            "key; what may change is model.path, model.device, space.init, task.train, task.test, "
+            "fleet.kind, fleet.num_replicas, run.eval_every, run.eval_examples and run.check_every"
+        )
     run = _checked(load(path, overrides), folder)
     if run.ledger_path.exists():
         Ledger.read(run.ledger_path)  # refuse a damaged one before anything starts

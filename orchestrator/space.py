@@ -75,6 +75,7 @@ class TrainedTensor:
     region: TensorRegion
     shard: Shard
     master: torch.Tensor
+    """On the meta device where a table of its own keeps the values."""
     live: torch.Tensor
 
 
@@ -86,10 +87,15 @@ class Trained:
     perturbation until `settle`.
     """
 
-    def __init__(self, tensors: Sequence[TrainedTensor], noise: NoiseKind) -> None:
+    def __init__(
+        self, tensors: Sequence[TrainedTensor], noise: NoiseKind, own_table: Table | None = None
+    ) -> None:
+        """`own_table` sweeps over the tensors, in their order, instead of the device's own."""
         self.tensors = list(tensors)
         self._noise = noise
-        self._table = table([Slice(part.region, part.master, part.live) for part in tensors])
+        self._table = own_table or table(
+            [Slice(part.region, part.master, part.live) for part in tensors]
+        )
         self._waiting: list[StepUpdate] = []
         self._is_settled = False
         self.settle()

@@ -42,6 +42,8 @@ class SpacePlan:
         self.adapters: AdapterPlan | None = None
         self.prefixes: PrefixPlan | None = None
         """What the engine is to make room for: slots of one kind or of the other."""
+        if config.space.master == "host":
+            self._check_host()
         if config.space.kind == "prefix":
             self.prefixes = self._plan_prefixes()
         elif config.space.kind != "dense":
@@ -113,6 +115,22 @@ class SpacePlan:
             self.initial_hash = _adapter_hash(folder)
         return PrefixPlan(space.slots + 1, space.tokens)
 
+    def _check_host(self) -> None:
+        """Refuse a master in the host's memory where there is no GPU, or no memory for it."""
+        if self._config.model.device == "cpu" or not torch.cuda.is_available():
+            raise ConfigError(
+                "space.master: host: there is no GPU to stream it through; use float32"
+            )
+        needed = torch.float32.itemsize * sum(
+            math.prod(self._checkpoint.shape(name)) for name in self._checkpoint.names
+        )
+        free = _free_bytes("cpu")
+        if needed > free:
+            raise ConfigError(
+                f"space.master: host: needs {needed / 2**30:.1f} GiB of the host's memory, of "
+                f"which {free / 2**30:.1f} are free; use bfloat16, or another machine"
+            )
+
     def _check_memory(self, plan: AdapterPlan) -> None:
         """Refuse more slots than there is memory for, and say how many fit."""
         model = self._config.model
@@ -157,8 +175,11 @@ class SpacePlan:
                 initial=self._initial_prefix,
             )
         tensors = canonical_tensors(engine.model, self._checkpoint, rank)
-        choices: dict[str, Any] = {"master_dtype": getattr(torch, space.master)}
+        on_host = space.master == "host"
+        master_dtype = torch.float32 if on_host else getattr(torch, space.master)
+        choices: dict[str, Any] = {"master_dtype": master_dtype}
         if space.kind == "dense":
+            choices["host_of"] = engine.model if on_host else None
             return DenseSpace(tensors, noise=estimator.noise, **choices)
         assert engine.slots is not None
         return LowRankSpace(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from benchmarks import bars, measure, reference, steps, workloads
+from benchmarks import bars, measure, memory, reference, steps, workloads
 from benchmarks.shapes import SHAPES
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.engine import Engine
@@ -186,3 +186,25 @@ def test_a_bar_holds_from_its_side() -> None:
     at_most = [bars.Row("", 1, 1, ratio, 2.0, at_most=True).holds for ratio in (2.0, 2.1)]
     assert at_most == ["yes", "NO"]
     assert bars.Row("", 1, 1, 1.0).holds == ""
+
+
+@pytest.mark.slow
+def test_memory_is_what_a_space_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spaces = ["dense:float32", "dense:bfloat16", "low_rank", "lora"]
+    arguments = {
+        "shapes": "opt-tiny",
+        "tokens": "4x16",
+        "spaces": ",".join(spaces),
+        "steps": "1",
+        "results": str(tmp_path),
+    }
+    memory.main([part for key, value in arguments.items() for part in (f"--{key}", value)])
+    assert "held" in capsys.readouterr().out
+    (path,) = tmp_path.glob("memory-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["space"] for row in rows] == spaces
+    held = [row["held_bytes_a_parameter"] for row in rows]
+    assert held[0] - held[1] == pytest.approx(2, abs=0.05)  # of the master
+    assert held[0] > getattr(torch, measure.DTYPE).itemsize + 4
+    if measure.ON_GPU:
+        assert all(row["peak_bytes_a_parameter"] > 0 for row in rows)

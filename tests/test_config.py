@@ -88,6 +88,9 @@ REFUSALS = {
     "space={kind: prefix, rank: 4}": "space.rank: is of no use to space.kind=prefix",
     "space={kind: lora, tokens: 4}": "space.tokens: is of no use to space.kind=lora",
     "space={kind: prefix, master: bfloat16}": "space.master: bfloat16: space.kind=prefix is kept",
+    "space={kind: low_rank, master: host}": "space.master: host: is of no use to space.kind=low_",
+    "space={kind: lora, master: host}": "space.master: host: space.kind=lora is kept in float32",
+    "space.master=host": "space.master: host: a CPU's memory is the host's; use float32",
     "run.steps": "'run.steps': overrides are written section.key=value",
     "run.steps.x=1": "'run.steps.x=1': steps is a value, not a section",
     "run.steps=[": "run.steps: '[' is not accepted",
@@ -167,6 +170,8 @@ def test_identity_holds_what_decides_the_ledger_and_nothing_else() -> None:
         assert identity(moved) == identity()
     for shown in ("task.unconditional=So {option}", "task.label_names=[bad, good]"):
         assert identity(shown) == identity()
+    on_gpu = "model.device=cuda"
+    assert identity(on_gpu, "space.master=host") == identity("model.score_graphs=false")
     for deciding in ("run.seed=1", "estimator.eps=0.5", "fleet.threads_per_replica=2"):
         assert identity(deciding) != identity()
     for deciding in ("task.loss=lm", "task.demonstrations=2", "task.num_dev=2"):

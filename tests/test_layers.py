@@ -20,7 +20,7 @@ LAYERS = [
     {"generation"},
     {"engine", "sglang_models", "export"},
     {"space"},
-    {"slotted"},
+    {"slotted", "host_master"},
     {"dense", "lora", "low_rank", "prefix"},
     {"spaces"},
     {"replica"},
@@ -54,7 +54,7 @@ OWNERS = {
     | {"sweeps_cuda", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"}
     | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
     | {"score_graphs", "score_attention", "attention_triton", "norm_triton"}
-    | {"pools", "generation", "sampling"},
+    | {"pools", "generation", "sampling", "host_master"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(
