@@ -131,8 +131,6 @@ class Estimator(Section):
     """Perturbations a step."""
     batch_size: Positive = 16
     """Training examples a step; all probes of a step score the same ones."""
-    balanced: bool = False
-    """Whether a batch holds each label in its share of all rows, as nearly as it can."""
     eps: PositiveFloat = 1e-3
     """Size of a perturbation."""
     lr: PositiveFloat = 1e-6

@@ -77,7 +77,7 @@ class Replica:
                 f"tokens does not fit into the KV pool's {self.engine.kv_tokens}; raise "
                 "model.kv_tokens, or lower space.slots"
             )
-        self._batches = Batches(config, [example.label for example in data.train])
+        self._batches = Batches(config, len(data.train))
         self._latest: list[Batch] = []
         self._next_step = 0
         self.info = ReplicaInfo(

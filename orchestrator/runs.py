@@ -173,7 +173,7 @@ def _train(run: Run, display: Display) -> None:
             fleet,
             ledger,
             [records, display, speed],
-            batches=Batches(run.config, [example.label for example in run.data.train]),
+            batches=Batches(run.config, len(run.data.train)),
             num_test=num_held_out,
         )
         if ledger.next_step:

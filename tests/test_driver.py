@@ -83,7 +83,7 @@ def train(
     """A run's ledger, new or continued, and the weights that it leads to."""
     fleet = ToyFleet()
     with Ledger.open(path, header) if path.exists() else Ledger.create(path, header) as ledger:
-        Driver(chosen, fleet, ledger, [], batches=Batches(chosen, [0] * 20), num_test=5).train()
+        Driver(chosen, fleet, ledger, [], batches=Batches(chosen, 20), num_test=5).train()
     return ledger, fleet.weights
 
 

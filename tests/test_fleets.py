@@ -166,9 +166,7 @@ def test_a_run_cut_between_two_steps_is_resumed_to_the_same_ledger(
         fleet = LocalFleet(config, DEVICE)
         fleet.start()
         with Ledger.open(path, header) as ledger:
-            Driver(
-                config, fleet, ledger, [], batches=Batches(config, [0] * 40), num_test=50
-            ).train()
+            Driver(config, fleet, ledger, [], batches=Batches(config, 40), num_test=50).train()
         fleet.close()
         assert path.read_bytes() == b"".join(whole)
 
@@ -243,7 +241,7 @@ def test_a_replica_that_differs_is_named(fleets: Fleets, tmp_path: Path, undistu
     header, _ = Ledger.read(ledger_path)
     with Ledger.open(ledger_path, header) as ledger:
         driver = Driver(
-            three._config, three, ledger, [], batches=Batches(three._config, [0] * 40), num_test=50
+            three._config, three, ledger, [], batches=Batches(three._config, 40), num_test=50
         )
         agreed = driver.check_digests()
         rogue = StepUpdate(ledger.next_step, (5,), (1e-6,), 1.0)

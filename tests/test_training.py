@@ -192,7 +192,7 @@ def test_twenty_steps_equal_the_plain_loop(
     info = fleet.start()
     header = Header(1, 1, config.model.path, info.weights_hash, config.identity(), "", ())
     with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
-        Driver(config, fleet, ledger, [], batches=Batches(config, [0] * 40), num_test=50).train()
+        Driver(config, fleet, ledger, [], batches=Batches(config, 40), num_test=50).train()
     fleet.digests()  # brings the last update to the replica
 
     pairs = [pair for record in ledger.records for pair in record.losses]
@@ -221,7 +221,7 @@ def train(config: Config, path: Path) -> list[bytes]:
     info = fleet.start()
     header = Header(1, 1, config.model.path, info.weights_hash, config.identity(), "", ())
     with Ledger.open(path, header) if path.exists() else Ledger.create(path, header) as ledger:
-        Driver(config, fleet, ledger, [], batches=Batches(config, [0] * 40), num_test=50).train()
+        Driver(config, fleet, ledger, [], batches=Batches(config, 40), num_test=50).train()
     fleet.close()
     return path.read_bytes().splitlines(keepends=True)[1:]
 
