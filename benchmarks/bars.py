@@ -236,6 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--large", help="shape: " + ", ".join(SHAPES))
     parser.add_argument("--results", type=Path, default=measure.RESULTS, help="a folder")
     chosen = parser.parse_args(arguments)
+    for section in chosen.sections.split(","):
+        if section not in SECTIONS:
+            parser.error(f"--sections: {section}: there are {', '.join(SECTIONS)}")
+    if chosen.large not in (None, *SHAPES):
+        parser.error(f"--large: {chosen.large}: there are {', '.join(SHAPES)}")
     scale = Scale.fitting(chosen.large)
     print(measure.header())
     print(measure.rates(), flush=True)

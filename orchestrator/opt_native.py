@@ -347,10 +347,6 @@ class OPTForCausalLM(nn.Module):
         }[module_name]
 
 
-def _layer_norm(config: OPTConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine)
-
-
 def _check_parallelism(config: OPTConfig) -> None:
     parallel = get_parallel()
     if parallel.pp_size > 1:

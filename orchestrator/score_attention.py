@@ -16,6 +16,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from orchestrator.attention_triton import MAX_HEAD_DIM, attend
 
 
+class KeysElsewhere(Exception):
+    """A layer reads keys that another one has left in the pool, where here nobody writes them."""
+
+
 class UncachedAttention(TritonAttnBackend):  # type: ignore[misc]  # SGLang has no types
     """Stands in for a runner's backend during forwards of one planned batch."""
 
@@ -34,12 +38,15 @@ class UncachedAttention(TritonAttnBackend):  # type: ignore[misc]  # SGLang has 
         save_kv_cache: bool = True,
         **named: Any,
     ) -> torch.Tensor:
-        """Outputs, shaped like q; heads of q, k and v lie side by side, if not in a dimension."""
+        """Outputs, shaped like q; heads of q, k and v lie side by side, if not in a dimension.
+
+        Raises KeysElsewhere for a layer without keys of its own.
+        """
         planned = self.forward_metadata
+        if k is None or v is None:
+            raise KeysElsewhere(layer.layer_id)
         if (
-            k is None
-            or v is None
-            or not q.dtype == k.dtype == v.dtype
+            not q.dtype == k.dtype == v.dtype
             or any(value is not None for value in named.values())
             or not self._is_plain(layer)
         ):

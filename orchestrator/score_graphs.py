@@ -28,7 +28,7 @@ from orchestrator.adapter_kernels_triton import (
     cut_rows,
 )
 from orchestrator.adapters import AdapterSlots
-from orchestrator.score_attention import UncachedAttention
+from orchestrator.score_attention import KeysElsewhere, UncachedAttention
 from orchestrator.score_plan import PlanBatch
 
 MAX_TOKENS = 4096  # larger batches keep a GPU busy without a graph
@@ -83,11 +83,15 @@ class ScoreGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._parameters = list(model_runner.model.parameters())
         self._addresses: list[int] = []
+        self._is_refused = False
 
     def run(self, batch: PlanBatch) -> torch.Tensor | None:
-        """Log-probabilities, float32 [targets]; None for a batch that is too large for a graph."""
+        """Log-probabilities, float32 [targets]; None for a batch that no graph can serve.
+
+        Such are large batches, and all batches of models whose layers share keys.
+        """
         shape = shape_of(batch)
-        if shape.num_tokens > MAX_TOKENS:
+        if self._is_refused or shape.num_tokens > MAX_TOKENS:
             return None
         addresses = [parameter.data_ptr() for parameter in self._parameters]
         if addresses != self._addresses:  # graphs read where parameters were at their capture
@@ -96,17 +100,24 @@ class ScoreGraphs:
         if shape not in self._graphs:
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            with self._built(shape) as forward_batch:
-                # Nobody reads these keys and values: where a layer writes them nevertheless, all
-                # go to SGLang's slot for padding.
-                forward_batch.out_cache_loc = torch.full_like(
-                    forward_batch.out_cache_loc, PADDING_ENTRY
-                )
-                self._graphs[shape] = ScoreGraph(
-                    self._model_runner, self._head, forward_batch, shape, self._slots, self._pool
-                )
+            try:
+                self._graphs[shape] = self._captured(shape)
+            except KeysElsewhere:
+                self._is_refused = True
+                return None
         self._graphs.move_to_end(shape)
         return self._graphs[shape].run(batch)
+
+    def _captured(self, shape: Shape) -> "ScoreGraph":
+        with self._built(shape) as forward_batch:
+            # Nobody reads these keys and values: where a layer writes them nevertheless, all go to
+            # SGLang's slot for padding.
+            forward_batch.out_cache_loc = torch.full_like(
+                forward_batch.out_cache_loc, PADDING_ENTRY
+            )
+            return ScoreGraph(
+                self._model_runner, self._head, forward_batch, shape, self._slots, self._pool
+            )
 
 
 class ScoreGraph:

@@ -199,7 +199,8 @@ class Launch:
 
     def run(self, name: str, *arguments: Any) -> None:
         addresses = [self.fields.data_ptr(), self.owners.data_ptr()]
-        self.kernels.run(name, len(self.owners), [*addresses, *arguments])
+        with torch.cuda.device_of(self.fields):  # type: ignore[no-untyped-call]
+            self.kernels.run(name, len(self.owners), [*addresses, *arguments])
 
 
 class Table:
@@ -294,7 +295,8 @@ class Table:
             rows.append(fields)
             counts.append(count)
         owners = np.repeat(np.arange(len(indices), dtype=np.int32), counts)
-        kernels = self._compile(_macros(tiling, variant, macros))
+        with torch.cuda.device_of(self._slices[0].live):  # type: ignore[no-untyped-call]
+            kernels = self._compile(_macros(tiling, variant, macros))
         described = _sent(np.array(rows, np.int64), self._device)
         return Launch(kernels, tuple(indices), described, _sent(owners, self._device))
 

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
+from orchestrator.score_attention import KeysElsewhere, UncachedAttention
 
 Engines = Callable[[str], Engine]
 
@@ -182,3 +185,12 @@ def test_a_failure_gives_all_slots_back_and_keeps_no_entries(
         engine.score(sequences, spans, namespace)
     assert (engine.free_slots(), engine._pools.cache.total_size()) == (before, kept)
     assert engine._pools.cache.protected_size() == 0
+
+
+def test_graphs_refuse_layers_without_keys_of_their_own() -> None:
+    """Such a layer would read keys that nobody has written to the pool."""
+    attention = object.__new__(UncachedAttention)
+    attention.forward_metadata = None
+    layer: Any = SimpleNamespace(layer_id=3)
+    with pytest.raises(KeysElsewhere):
+        attention.forward_extend(torch.zeros(1, 8), None, None, layer, layer)
