@@ -201,7 +201,7 @@ class Task(Section):
     """option_ce: cross-entropy over the options. lm: over the right option's tokens."""
     metric: Literal["accuracy", "f1", "exact_match"] = "accuracy"
     """accuracy: of the best-scored option. The others: of a generated answer, as SQuAD has them."""
-    stop: Annotated[list[str], Field(min_length=1)] = ["\n"]
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = ["\n"]
     """Generated answers end before the first of these texts."""
     max_new_tokens: Positive = 50
     """Generated answers: their longest, in tokens."""

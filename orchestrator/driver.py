@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from orchestrator import estimator, tasks
 from orchestrator.config import Config
-from orchestrator.evaluate import accuracy
+from orchestrator.evaluate import examples, measured
 from orchestrator.metrics import Evaluation, Observer, StepMetrics
-from orchestrator.records import Fleet, FleetError, ProbeLoss
+from orchestrator.records import Fleet, FleetError, ProbeLoss, Split
 from orchestrator.seed_sync import Ledger, StepRecord
 
 
@@ -29,6 +29,7 @@ class Driver:
         *,
         num_train: int,
         num_test: int,
+        num_dev: int = 0,
     ) -> None:
         """`fleet` is started; its replicas stand at the base model."""
         self._config = config
@@ -36,13 +37,13 @@ class Driver:
         self._ledger = ledger
         self._observers = observers
         self._num_train = num_train
-        self._num_test = num_test
+        self._num_held_out: dict[Split, int] = {"test": num_test, "dev": num_dev}
         self._past = estimator.NO_PAST
         for record in ledger.records:
             self._take(record)
 
     def train(self) -> None:
-        """All steps that are missing, with looks at held-out accuracy on the way."""
+        """All steps that are missing, with looks at dev rows, or else test rows, on the way."""
         run = self._config.run
         for step in range(self._ledger.next_step, run.steps):
             self.step(step)
@@ -50,15 +51,15 @@ class Driver:
             if run.check_every and done % run.check_every == 0:
                 self.check_digests()
             if run.eval_every and done % run.eval_every == 0 and done < run.steps:
-                self.evaluate(done, run.eval_examples)
+                self.look(done)
 
     def step(self, step: int) -> None:
         """Plan, evaluate, estimate, write down, apply."""
         started = time.monotonic()
         settings, run = self._config.estimator, self._config.run
-        examples = tasks.batch(run.seed, step, settings.batch_size, self._num_train)
+        batch = tasks.batch(run.seed, step, settings.batch_size, self._num_train)
         seeds = estimator.seeds(run.seed, step, settings.num_seeds)
-        probes = estimator.probes(settings, step, seeds, examples)
+        probes = estimator.probes(settings, step, seeds, batch)
 
         losses = self._fleet.evaluate(probes)
 
@@ -72,7 +73,7 @@ class Driver:
             decay=estimate.decay,
             eps=settings.eps,
             lr=lr,
-            examples_hash=_hash(examples),
+            examples_hash=_hash(batch),
         )
         self._ledger.append(record)
         self._take(record)
@@ -88,15 +89,30 @@ class Driver:
             self._config.estimator, self._past, record.seeds, record.losses, record.coefficients
         )
 
-    def evaluate(self, done: int, num_examples: int | None = None) -> float:
-        """Held-out accuracy after `done` steps, on all held-out examples or the first few."""
+    def evaluate(
+        self, done: int, split: Split = "test", num_examples: int | None = None
+    ) -> Evaluation:
+        """Score a held-out split after `done` steps: all of its examples, or the first few."""
         started = time.monotonic()
-        chosen = range(min(num_examples or self._num_test, self._num_test))
-        value = accuracy(self._fleet.score("test", chosen))
-        evaluation = Evaluation(done, value, len(chosen), time.monotonic() - started)
+        chosen = range(self._num_held_out[split])[:num_examples]
+        found = measured(self._config.task.metric, examples(self._fleet.score(split, chosen)))
+        evaluation = Evaluation(
+            step=done,
+            accuracy=found.value,
+            num_examples=found.num_examples,
+            seconds=time.monotonic() - started,
+            metric=found.metric,
+            interval=(found.low, found.high),
+            split=split,
+        )
         for observer in self._observers:
             observer.evaluation(evaluation)
-        return value
+        return evaluation
+
+    def look(self, done: int) -> None:
+        """Score, on the way, the dev rows that choose the best checkpoint, or else test rows."""
+        split: Split = "dev" if self._num_held_out["dev"] else "test"
+        self.evaluate(done, split, self._config.run.eval_examples)
 
     def check_digests(self) -> str:
         """The trained state's digest, which all replicas must share.

@@ -1,16 +1,70 @@
-"""Held-out accuracy from example scores, and the file that `launch.py eval` writes."""
+"""Held-out examples' values to their mean and its interval, and the file that `launch.py eval`
+writes. Pure functions, but for the file."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orchestrator.records import ExampleScore
+from orchestrator.records import ChunkScores, ExampleScore
+
+NORMAL_QUANTILE = 1.959964  # at 0.975: 95 % lie between it and its negative
+SHARES = ("accuracy", "exact_match")  # metrics whose values are 0 or 1
 
 
-def accuracy(scores: Sequence[ExampleScore]) -> float:
-    """Share (0 to 1) of examples whose best-scored option is a right one."""
-    return sum(score.is_right for score in scores) / len(scores)
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A metric's mean over examples, and the ends of its 95 % interval, all from 0 to 1."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    num_examples: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
+
+
+def examples(chunks: Sequence[ChunkScores]) -> list[ExampleScore]:
+    return [score for chunk in chunks for score in chunk.examples]
+
+
+def measured(metric: str, scores: Sequence[ExampleScore]) -> Measured:
+    """The mean of the examples' values; there is at least one."""
+    values = [score.value for score in scores]
+    mean = math.fsum(values) / len(values)
+    if metric in SHARES:
+        low, high = interval(mean, len(values))
+    else:
+        low, high = mean_interval(values)
+    return Measured(metric, mean, low, high, len(values))
+
+
+def interval(share: float, number: int) -> tuple[float, float]:
+    """The 95 % interval of a share (0 to 1) seen in `number` examples (Wilson 1927)."""
+    square = NORMAL_QUANTILE**2
+    scale = 1 + square / number
+    middle = (share + square / (2 * number)) / scale
+    variance = share * (1 - share) / number + square / (4 * number**2)
+    reach = NORMAL_QUANTILE / scale * math.sqrt(variance)
+    # The share lies within, which rounding must not change where none or all are right.
+    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of values from 0 to 1, by the normal distribution.
+
+    One value says nothing of its spread: the interval is then all that is possible.
+    """
+    number = len(values)
+    if number == 1:
+        return 0.0, 1.0
+    mean = math.fsum(values) / number
+    variance = math.fsum((value - mean) ** 2 for value in values) / (number - 1)
+    reach = NORMAL_QUANTILE * math.sqrt(variance / number)
+    return max(0.0, mean - reach), min(1.0, mean + reach)
 
 
 def write_scores(path: Path, scores: Sequence[ExampleScore]) -> None:

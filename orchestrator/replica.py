@@ -13,12 +13,22 @@ import numba
 import torch
 from transformers import AutoTokenizer
 
-from orchestrator import checkpoint, tasks
+from orchestrator import answers, checkpoint, tasks
 from orchestrator.config import Config, ConfigError
 from orchestrator.encoder import Encoder, Encoding
 from orchestrator.engine import Engine, Launched
+from orchestrator.objectives import calibrated as without_prior
 from orchestrator.objectives import option_cross_entropy, token_cross_entropy
-from orchestrator.records import ExampleScore, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
+from orchestrator.records import (
+    ChunkScores,
+    ExampleScore,
+    Probe,
+    ProbeLoss,
+    ReplicaInfo,
+    Split,
+    StepUpdate,
+)
+from orchestrator.sampling import Continuation, Sampling
 from orchestrator.score_plan import ScorePlan, Scores, SpanScore
 from orchestrator.spaces import SpacePlan
 
@@ -43,6 +53,7 @@ class Replica:
             threads=threads,
             trust_remote_code=config.model.trust_remote_code,
             allow_fallback=config.model.allow_fallback,
+            cuda_graphs=config.task.is_generated,
             score_graphs=config.model.score_graphs,
             quantization=config.model.quantization,
             adapters=plan.adapters,
@@ -50,19 +61,18 @@ class Replica:
         )
         self.space = plan.build(self.engine)
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        data = tasks.load(config.task)
-        self._encoder = _encoder(config, folder, data)
-        if self._encoder.longest > self.engine.max_sequence_length:
-            raise ConfigError(
-                f"task.max_length: a sequence has {self._encoder.longest} tokens; model.kv_tokens "
-                f"and the model's context allow {self.engine.max_sequence_length}"
-            )
-        if self._encoder.longest * plan.rows_per_sequence > self.engine.kv_tokens:
-            raise ConfigError(
-                f"space.slots: {config.space.slots} times a sequence of {self._encoder.longest} "
-                f"tokens does not fit into the KV pool's {self.engine.kv_tokens}; raise "
-                "model.kv_tokens, or lower space.slots"
-            )
+        self._data = data = tasks.load(config.task)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.model.trust_remote_code
+        )
+        self._encoder = Encoder(
+            data,
+            self._tokenize,
+            bos=self._tokenizer.bos_token_id,
+            eos=self._tokenizer.eos_token_id,
+            max_length=config.task.max_length,
+        )
+        self._require_fit(config, plan.rows_per_sequence)
         self._next_step = 0
         self.info = ReplicaInfo(
             model_class=type(self.engine.model).__name__,
@@ -72,6 +82,30 @@ class Replica:
             device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
             versions=tuple((name, importlib.metadata.version(name)) for name in RECORDED_PACKAGES),
         )
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._tokenizer(texts)["input_ids"]
+        return ids
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _require_fit(self, config: Config, rows_per_sequence: int) -> None:
+        """Refuse a task whose longest sequence the KV pool does not hold."""
+        longest = self._encoder.longest
+        if config.task.is_generated:
+            longest = max(longest, self._encoder.longest_continued(config.task.max_new_tokens))
+        if longest > self.engine.max_sequence_length:
+            raise ConfigError(
+                f"task.max_length: a sequence has {longest} tokens; model.kv_tokens "
+                f"and the model's context allow {self.engine.max_sequence_length}"
+            )
+        if self._encoder.longest * rows_per_sequence > self.engine.kv_tokens:
+            raise ConfigError(
+                f"space.slots: {config.space.slots} times a sequence of {self._encoder.longest} "
+                f"tokens does not fit into the KV pool's {self.engine.kv_tokens}; raise "
+                "model.kv_tokens, or lower space.slots"
+            )
 
     def evaluate(self, updates: Sequence[StepUpdate], probes: Sequence[Probe]) -> list[ProbeLoss]:
         """The probes' losses, at the state that the updates lead to."""
@@ -97,33 +131,89 @@ class Replica:
         return [loss for adapters in order for loss in next(losses[adapters])]
 
     def score(
-        self, updates: Sequence[StepUpdate], split: Split, examples: Sequence[int]
-    ) -> list[ExampleScore]:
-        """Option scores of examples under the trained state, unperturbed.
+        self,
+        updates: Sequence[StepUpdate],
+        split: Split,
+        examples: Sequence[int],
+        calibrated: bool = False,
+    ) -> ChunkScores:
+        """What the model chooses or writes under the trained state, unperturbed, and its worth.
 
-        Raises ConfigError for a task whose answers are generated: there is nothing to choose from.
+        `calibrated` is of options alone, and of splits that are held out.
         """
-        if self._task.is_generated:
-            raise ConfigError(
-                f"task.metric: {self._task.metric}: answers cannot be generated yet; a task is "
-                "evaluated by task.metric accuracy, with task.options"
-            )
         self._catch_up(updates)
         self.space.settle()
+        if self._task.is_generated:
+            return self._written(split, examples)
+        return self._chosen(split, examples, calibrated)
+
+    def _chosen(self, split: Split, examples: Sequence[int], calibrated: bool) -> ChunkScores:
+        """The best-scored options."""
         encodings = self._encoder.encode(split, examples)
-        plan = self._plan(encodings, (self.space.adapter,))
-        (scores,) = _by_option(encodings, self.engine.read(plan, [self.engine.launch(plan)])[0])
-        return [
+        options, num_tokens, num_reused = self._scored(encodings)
+        values = [tuple(option.mean for option in of_example) for of_example in options]
+        if calibrated:
+            others, more_tokens, _ = self._scored(self._encoder.unconditional(split, examples))
+            num_tokens += more_tokens
+            values = [
+                tuple(without_prior([given.sum for given in row], [alone.sum for alone in other]))
+                for row, other in zip(options, others, strict=True)
+            ]
+        chosen = [max(range(len(row)), key=row.__getitem__) for row in values]
+        scores = [
             ExampleScore(
                 id=id,
+                value=float(best == encoding.label or best in encoding.also_right),
                 label=encoding.label,
-                scores=means,
-                prediction=max(range(len(means)), key=means.__getitem__),
                 also_right=encoding.also_right,
+                scores=row,
+                prediction=best,
             )
-            for id, encoding, options in zip(examples, encodings, scores, strict=True)
-            for means in [tuple(option.mean for option in options)]
+            for id, encoding, row, best in zip(examples, encodings, values, chosen, strict=True)
         ]
+        return ChunkScores(tuple(scores), num_tokens, num_reused)
+
+    def _scored(self, encodings: Sequence[Encoding]) -> tuple[list[list[SpanScore]], int, int]:
+        """Scores of all options under the trained state; tokens that were computed, and reused."""
+        plan = self._plan(encodings, (self.space.adapter,))
+        (answer,) = self.engine.read(plan, [self.engine.launch(plan)])
+        (scores,) = _by_option(encodings, answer)
+        return scores, answer.num_tokens, answer.num_reused
+
+    def _written(self, split: Split, examples: Sequence[int]) -> ChunkScores:
+        """Answers that are generated, the most likely token at a time."""
+        prompts = self._prompts(split, examples)
+        found = self._continued(prompts, (self.space.adapter,))
+        scores = [
+            ExampleScore(id=id, value=self._worth(split, id, each), answer=self._answer(each))
+            for id, each in zip(examples, found, strict=True)
+        ]
+        num_tokens = sum(map(len, prompts)) + sum(len(each.tokens) for each in found)
+        return ChunkScores(tuple(scores), num_tokens, 0)
+
+    def _prompts(self, split: Split, examples: Sequence[int]) -> list[list[int]]:
+        return self._encoder.prompts(split, examples, self._task.max_new_tokens)
+
+    def _continued(
+        self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]
+    ) -> list[Continuation]:
+        """Greedy continuations under the first adapter, then those under the second, and so on."""
+        ends = {self._tokenizer.eos_token_id} - {None} | self.engine.eos_tokens
+        sampling = Sampling(
+            self._task.max_new_tokens,
+            stop_tokens=frozenset(ends),
+            stop_strings=tuple(self._task.stop),
+        )
+        return self.engine.generate(prompts, sampling, adapters=adapters, decode=self._decode)
+
+    def _answer(self, continuation: Continuation) -> str:
+        assert continuation.text is not None  # a decode was handed in
+        return answers.cut(continuation.text, self._task.stop)
+
+    def _worth(self, split: Split, id: int, continuation: Continuation) -> float:
+        """What the metric gives for a generated answer to an example."""
+        metric = answers.METRICS[self._task.metric]
+        return metric(self._answer(continuation), self._data.split(split)[id].answers)
 
     def digest(self, updates: Sequence[StepUpdate]) -> str:
         """Checksum of the trained state that the updates lead to."""
@@ -202,21 +292,3 @@ def batch_loss(
         for options, encoding in zip(scores, encodings, strict=True)
     ]
     return sum(values) / len(values)
-
-
-def _encoder(config: Config, folder: Path, data: tasks.TaskData) -> Encoder:
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=config.model.trust_remote_code
-    )
-
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = tokenizer(texts)["input_ids"]
-        return ids
-
-    return Encoder(
-        data,
-        tokenize,
-        bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_id,
-        max_length=config.task.max_length,
-    )

@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from orchestrator import assets, metrics, output, tasks
 from orchestrator.config import Config, ConfigError, load
 from orchestrator.driver import Driver
-from orchestrator.evaluate import accuracy, write_scores
-from orchestrator.metrics import Records, StepMetrics, Summary
+from orchestrator.evaluate import examples, measured, write_scores
+from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary
 from orchestrator.noise import NOISE_VERSION
 from orchestrator.progress import Display
 from orchestrator.records import Fleet, ReplicaInfo
@@ -120,7 +120,7 @@ def _checked(config: Config, folder: Path) -> Run:
 
 
 def train(run: Run) -> None:
-    """Take the run to its last step; the held-out accuracy before and after goes to the user."""
+    """Take the run to its last step; the held-out metric before and after goes to the user."""
     steps = run.config.run.steps
     with _locked_folder(run):
         if run.is_finished():
@@ -140,35 +140,47 @@ def _train(run: Run, display: Display) -> None:
         _opened_ledger(run, info, display.say) as ledger,
         _closing(Records(run.folder)) as records,
     ):
-        speed = Speed()
+        speed, looks = Speed(), Looks(run.folder, ledger.next_step)
         driver = Driver(
             run.config,
             fleet,
             ledger,
-            [records, display, speed],
+            [records, display, speed, looks],
             num_train=len(run.data.train),
             num_test=num_held_out,
+            num_dev=len(run.data.dev),
         )
         if ledger.next_step:
             display.say(f"replaying {ledger.next_step} steps ...")
             driver.check_digests()
             baseline = metrics.baseline(run.folder)
         else:
-            display.say(f"zero-shot accuracy on {num_held_out} held-out examples ...")
+            metric = run.config.task.metric
+            display.say(f"zero-shot {metric} on {num_held_out} held-out examples ...")
             baseline = driver.evaluate(0)
+            if run.data.dev:
+                driver.look(0)
         with display.live(ledger.next_step):
             driver.train()
+        if run.data.dev:
+            driver.look(steps)
         final = driver.evaluate(steps)
+        best = metrics.best(looks.all)
         summary = Summary(
             steps=steps,
             wall_s=time.monotonic() - started,
             evaluations_per_s=speed.per_second(speed.num_probes),
             trained_tokens_per_s=speed.per_second(speed.num_tokens),
-            baseline_accuracy=baseline,
-            final_accuracy=final,
+            baseline_accuracy=baseline.accuracy if baseline else None,
+            final_accuracy=final.accuracy,
             num_held_out=num_held_out,
             digest=driver.check_digests(),
             versions=dict(info.versions),
+            metric=final.metric,
+            baseline_interval=baseline.interval if baseline else None,
+            final_interval=final.interval,
+            best_step=best.step if best else None,
+            best_dev=best.accuracy if best else None,
         )
         records.summary(summary)
     display.result(summary, run.folder)
@@ -185,10 +197,11 @@ def evaluate(run: Run, out: Path, *, trained: bool) -> None:
     display = Display(output.terminal(), run.config.run.steps)
     with _started_fleet(run, log.absolute(), display.say) as (fleet, info):
         num_steps = _replay(run, info, fleet) if trained else 0
-        scores = fleet.score("test", range(len(run.data.test)))
+        scores = examples(fleet.score("test", range(len(run.data.test))))
     write_scores(out, scores)
     state = f"after {num_steps} steps" if trained else "base model"
-    display.say(f"{state}: {accuracy(scores):.1%} of {len(scores)} held-out examples right")
+    found = measured(run.config.task.metric, scores)
+    display.say(f"{state}: {found.metric} {found} on {found.num_examples} held-out examples")
     display.say(f"scores: {out}")
 
 
@@ -237,11 +250,25 @@ class Speed:
         self.num_tokens += step.num_tokens
         self.seconds += step.seconds
 
-    def evaluation(self, evaluation: metrics.Evaluation) -> None:
+    def evaluation(self, evaluation: Evaluation) -> None:
         pass
 
     def per_second(self, count: int) -> float:
         return count / self.seconds if self.seconds else 0.0
+
+
+class Looks:
+    """All looks of a run at held-out rows, this process's and those before it."""
+
+    def __init__(self, folder: Path, next_step: int) -> None:
+        """Those behind the ledger's end are of steps that are taken again."""
+        self.all = [look for look in metrics.evaluations(folder) if look.step <= next_step]
+
+    def step(self, step: StepMetrics) -> None:
+        pass
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self.all.append(evaluation)
 
 
 @contextmanager

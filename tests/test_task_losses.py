@@ -11,15 +11,22 @@ import small_tokenizers
 import suite
 import torch
 from conftest import DEVICE
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from orchestrator import tasks
+from orchestrator import answers, tasks
 from orchestrator.config import Config, ConfigError, Task
 from orchestrator.encoder import Encoder, Encoding
 from orchestrator.engine import Engine
 from orchestrator.objectives import calibrated, token_cross_entropy
-from orchestrator.records import Probe
+from orchestrator.records import Probe, StepUpdate
 from orchestrator.replica import Replica, batch_loss
 from orchestrator.score_plan import SpanScore
 
@@ -142,11 +149,19 @@ def test_losses_and_scores_equal_transformers(
         assert sums == pytest.approx(expected_sums, abs=1e-4)
 
 
-def replica(name: str, model: Model, folder: Path, rows: list[dict[str, Any]]) -> Replica:
+def replica(
+    name: str,
+    model: Model,
+    folder: Path,
+    rows: list[dict[str, Any]],
+    space: str = "dense",
+    **settings: Any,
+) -> Replica:
     config = Config.model_validate(
         {
             "model": {"path": str(model.folder), "dtype": "float32", "kv_tokens": 2048},
-            "task": task(name, folder, rows).model_dump(),
+            "space": {"kind": space},
+            "task": task(name, folder, rows).model_dump() | settings,
             "fleet": {"kind": "local"},
             "run": {"steps": 1},
         }
@@ -165,25 +180,82 @@ def test_a_replica_trains_on_and_scores_options_that_differ_by_row(
     assert answer.value == pytest.approx(
         expected_loss(model, [cases[id] for id in examples]), abs=1e-4
     )
-    found = made.score([], "test", range(NUM_ROWS))
+    found = made.score([], "test", range(NUM_ROWS)).examples
     for case, score in zip(cases, found, strict=True):
         means = [float(model.logprobs(case.stem, text).mean()) for text in case.options]
         assert score.scores == pytest.approx(means, abs=1e-4)
         best = max(range(len(means)), key=means.__getitem__)
-        assert (score.prediction, score.is_right) == (best, best in case.right)
-    assert {score.is_right for score in found} == {True, False}
+        assert (score.prediction, score.value) == (best, best in case.right)
+    assert {score.value for score in found} == {1.0, 0.0}
     made.close()
 
 
-def test_generated_answers_are_trained_on_and_not_scored(model: Model, tmp_path: Path) -> None:
+def test_generated_answers_are_trained_on_by_their_likelihood(model: Model, tmp_path: Path) -> None:
     rows = suite.rows("squad", NUM_ROWS, seed=2)
     made = replica("squad", model, tmp_path, rows)
     (answer,) = made.evaluate([], [Probe(0, 7, 0, 1e-3, (0, 1, 2))])
     cases = [suite.case("squad", row) for row in rows[:3]]
     assert answer.value == pytest.approx(expected_loss(model, cases), abs=1e-4)
-    with pytest.raises(ConfigError, match="task.metric: f1: answers cannot be generated yet"):
-        made.score([], "test", [0])
     made.close()
+
+
+@torch.no_grad()
+def written(model: Model, reference: Any, stem: str, stop: str) -> str:
+    """What transformers continues a text with, greedily: before `stop`, in 12 tokens at most."""
+    tokens = torch.tensor([model.tokenizer(stem)["input_ids"]])
+    found = reference.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=model.tokenizer.eos_token_id,
+        pad_token_id=0,
+    )
+    text: str = model.tokenizer.decode(found[0, tokens.shape[1] :], skip_special_tokens=True)
+    return text.split(stop)[0].strip()
+
+
+@pytest.mark.parametrize("space", ["dense", "lora"])
+def test_answers_are_generated_under_the_trained_state(
+    space: str, model: Model, tmp_path: Path
+) -> None:
+    """Against transformers, or PEFT, on what the state is exported to.
+
+    The right answers hold some of the words that the model will write.
+    """
+    update = StepUpdate(0, (7, 8), (0.2, -0.1) if space == "lora" else (0.02, -0.01), 1.0)
+    rows, stop = suite.rows("squad", NUM_ROWS, seed=2), "e"
+    settings = {"stop": [stop], "max_new_tokens": 12}
+    made = replica("squad", model, tmp_path, rows, space, **settings)
+    exported = tmp_path / "exported"
+    made.export([update], exported)
+    reference = AutoModelForCausalLM.from_pretrained(
+        model.folder if space == "lora" else exported, dtype=torch.float32
+    )
+    if space == "lora":
+        reference = PeftModel.from_pretrained(reference, str(exported))
+    stems = [suite.case("squad", row).stem for row in rows]
+    texts = [written(model, reference, stem, stop) for stem in stems]
+    untrained = [written(model, model.reference, stem, stop) for stem in stems]
+    assert len(set(texts)) > NUM_ROWS // 2 and texts != untrained
+    found = made.score([], "test", range(NUM_ROWS)).examples
+    assert [score.answer for score in found] == texts
+    made.close()
+
+    for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        row["answers"]["text"] = [text[: len(text) // 2] or "x", text if index % 3 == 0 else "no"]
+    made = replica("squad", model, tmp_path, rows, space, metric="exact_match", **settings)
+    values = [score.value for score in made.score([update], "test", range(NUM_ROWS)).examples]
+    golds = [row["answers"]["text"] for row in rows]
+    assert values == [answers.exact_match(*pair) for pair in zip(texts, golds, strict=True)]
+    assert 0 < sum(values) < NUM_ROWS
+    made.close()
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_refused(model: Model, tmp_path: Path) -> None:
+    rows = suite.rows("squad", 2)
+    with pytest.raises(ConfigError, match="task.max_length: a sequence has 600 tokens"):
+        replica("squad", model, tmp_path, rows, max_length=600, max_new_tokens=599)
 
 
 def test_every_token_of_a_batch_weighs_the_same() -> None:
