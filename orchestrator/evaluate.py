@@ -27,6 +27,12 @@ class Measured:
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
 
+def share_computed(chunks: Sequence[ChunkScores]) -> tuple[int, int]:
+    """Tokens that went through the model, and all that were asked for."""
+    num_tokens = sum(chunk.num_tokens for chunk in chunks)
+    return num_tokens, num_tokens + sum(chunk.num_reused for chunk in chunks)
+
+
 def examples(chunks: Sequence[ChunkScores]) -> list[ExampleScore]:
     return [score for chunk in chunks for score in chunk.examples]
 

@@ -5,6 +5,7 @@ the replica may be missing, so that a call's answer depends on nothing but its a
 """
 
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -150,11 +151,13 @@ class Replica:
     def _chosen(self, split: Split, examples: Sequence[int], calibrated: bool) -> ChunkScores:
         """The best-scored options."""
         encodings = self._encoder.encode(split, examples)
-        options, num_tokens, num_reused = self._scored(encodings)
+        sequences = [tokens for encoding in encodings for tokens in encoding.sequences]
+        namespace, num_warm = self._warmed(sequences)
+        options, num_tokens, num_reused = self._scored(encodings, namespace)
         values = [tuple(option.mean for option in of_example) for of_example in options]
         if calibrated:
             others, more_tokens, _ = self._scored(self._encoder.unconditional(split, examples))
-            num_tokens += more_tokens
+            num_warm += more_tokens
             values = [
                 tuple(without_prior([given.sum for given in row], [alone.sum for alone in other]))
                 for row, other in zip(options, others, strict=True)
@@ -171,31 +174,56 @@ class Replica:
             )
             for id, encoding, row, best in zip(examples, encodings, values, chosen, strict=True)
         ]
-        return ChunkScores(tuple(scores), num_tokens, num_reused)
+        return ChunkScores(tuple(scores), num_tokens + num_warm, num_reused)
 
-    def _scored(self, encodings: Sequence[Encoding]) -> tuple[list[list[SpanScore]], int, int]:
+    def _scored(
+        self, encodings: Sequence[Encoding], namespace: str | None = None
+    ) -> tuple[list[list[SpanScore]], int, int]:
         """Scores of all options under the trained state; tokens that were computed, and reused."""
         plan = self._plan(encodings, (self.space.adapter,))
-        (answer,) = self.engine.read(plan, [self.engine.launch(plan)])
+        (answer,) = self.engine.read(plan, [self.engine.launch(plan, namespace)])
         (scores,) = _by_option(encodings, answer)
         return scores, answer.num_tokens, answer.num_reused
+
+    def _warmed(self, sequences: Sequence[Sequence[int]]) -> tuple[str | None, int]:
+        """A namespace that holds the tokens with which all sequences begin, and what it took.
+
+        It stands for the trained state of now. None where the task has no demonstrations, so that
+        there is little to share.
+        """
+        if not self._task.demonstrations:
+            return None, 0
+        namespace = f"step {self._next_step}"
+        # Rows of a batch do not find each other's entries, so these are computed before.
+        shared = os.path.commonprefix([list(tokens) for tokens in sequences])
+        if not shared:
+            return namespace, 0
+        size = len(shared)
+        own = (self.space.adapter,)
+        answer = self.engine.score([[*shared, 0]], [(size, size + 1)], namespace, own)
+        return namespace, answer.num_tokens
 
     def _written(self, split: Split, examples: Sequence[int]) -> ChunkScores:
         """Answers that are generated, the most likely token at a time."""
         prompts = self._prompts(split, examples)
-        found = self._continued(prompts, (self.space.adapter,))
+        namespace, num_warm = self._warmed(prompts)
+        found = self._continued(prompts, (self.space.adapter,), namespace)
         scores = [
             ExampleScore(id=id, value=self._worth(split, id, each), answer=self._answer(each))
             for id, each in zip(examples, found, strict=True)
         ]
-        num_tokens = sum(map(len, prompts)) + sum(len(each.tokens) for each in found)
-        return ChunkScores(tuple(scores), num_tokens, 0)
+        num_reused = sum(each.num_reused for each in found)
+        num_tokens = _num_tokens(prompts, found) - num_reused
+        return ChunkScores(tuple(scores), num_tokens + num_warm, num_reused)
 
     def _prompts(self, split: Split, examples: Sequence[int]) -> list[list[int]]:
         return self._encoder.prompts(split, examples, self._task.max_new_tokens)
 
     def _continued(
-        self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapters: Sequence[str | None],
+        namespace: str | None = None,
     ) -> list[Continuation]:
         """Greedy continuations under the first adapter, then those under the second, and so on."""
         ends = {self._tokenizer.eos_token_id} - {None} | self.engine.eos_tokens
@@ -204,7 +232,9 @@ class Replica:
             stop_tokens=frozenset(ends),
             stop_strings=tuple(self._task.stop),
         )
-        return self.engine.generate(prompts, sampling, adapters=adapters, decode=self._decode)
+        return self.engine.generate(
+            prompts, sampling, adapters=adapters, decode=self._decode, namespace=namespace
+        )
 
     def _answer(self, continuation: Continuation) -> str:
         assert continuation.text is not None  # a decode was handed in
@@ -267,6 +297,12 @@ class Replica:
             ]
             for answer in self.engine.read(plan, launches)
         ]
+
+
+def _num_tokens(prompts: Sequence[Sequence[int]], found: Sequence[Continuation]) -> int:
+    """Of prompts and of all that follows them, under every adapter."""
+    num_copies = len(found) // len(prompts)
+    return num_copies * sum(map(len, prompts)) + sum(len(each.tokens) for each in found)
 
 
 def _by_option(encodings: Sequence[Encoding], scores: Scores) -> list[list[list[SpanScore]]]:

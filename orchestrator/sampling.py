@@ -59,6 +59,8 @@ class Continuation:
     """Up to the stop string; None where no `decode` was handed in."""
     ended: Ending
     """By a stop token or string, by `max_new_tokens`, or because logits were not finite."""
+    num_reused: int = 0
+    """Tokens of the prompt whose KV entries were found in the cache."""
 
 
 def choose(

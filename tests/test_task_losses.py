@@ -190,6 +190,62 @@ def test_a_replica_trains_on_and_scores_options_that_differ_by_row(
     made.close()
 
 
+@pytest.mark.parametrize("name", ["sst2", "copa", "boolq"])
+def test_a_replica_chooses_by_what_the_row_adds(name: str, model: Model, tmp_path: Path) -> None:
+    rows = suite.rows(name, NUM_ROWS, seed=3)
+    made = replica(name, model, tmp_path, rows)
+    found = made.score([], "test", range(NUM_ROWS), calibrated=True).examples
+    plain = made.score([], "test", range(NUM_ROWS)).examples
+    for row, score in zip(rows, found, strict=True):
+        case = suite.case(name, row)
+        assert case.alone is not None
+        before, texts = case.alone
+        expected = [
+            float(model.logprobs(case.stem, text).sum() - model.logprobs(before, other).sum())
+            for text, other in zip(case.options, texts, strict=True)
+        ]
+        assert score.scores == pytest.approx(expected, abs=1e-4)
+        best = max(range(len(expected)), key=expected.__getitem__)
+        assert (score.prediction, score.value) == (best, best == case.right[0])
+    assert [score.prediction for score in found] != [score.prediction for score in plain]
+    made.close()
+
+
+@pytest.mark.parametrize(("name", "space"), [("rte", "dense"), ("copa", "lora"), ("squad", "lora")])
+def test_demonstrations_are_computed_once_a_state(
+    name: str, space: str, model: Model, tmp_path: Path
+) -> None:
+    """What is found in the cache is of the state that is scored, not of one before."""
+    rows = suite.rows(name, NUM_ROWS, seed=3)
+    settings = {"demonstrations": 4, "max_new_tokens": 8, "stop": ["e"]}
+    made = replica(name, model, tmp_path, rows, space, **settings)
+    chunk = made.score([], "test", range(NUM_ROWS))
+    shown = tasks.load(made._task).demonstrations
+    for row, score in zip(rows, chunk.examples, strict=True):
+        case = suite.case(name, row)
+        stem = shown + case.stem
+        if name == "squad":
+            assert score.answer == written(model, model.reference, stem, "e", max_new_tokens=8)
+        else:
+            means = [float(model.logprobs(stem, text).mean()) for text in case.options]
+            assert score.scores == pytest.approx(means, abs=1e-4)
+    size = len(model.tokenizer(shown)["input_ids"])
+    assert chunk.num_reused >= (size - 1) * NUM_ROWS
+    again = made.score([], "test", range(NUM_ROWS))
+    assert again.num_tokens < chunk.num_tokens - size + 2
+
+    update = StepUpdate(0, (7, 8), (0.2, -0.1) if space == "lora" else (0.02, -0.01), 1.0)
+    moved = made.score([update], "test", range(NUM_ROWS))
+    made.close()
+    fresh = replica(name, model, tmp_path, rows, space, **settings)
+    expected_chunk = fresh.score([update], "test", range(NUM_ROWS))
+    fresh.close()
+    for score, other in zip(moved.examples, expected_chunk.examples, strict=True):
+        assert score.scores == pytest.approx(other.scores, abs=1e-5)
+        assert score.answer == other.answer
+    assert moved.examples != chunk.examples
+
+
 def test_generated_answers_are_trained_on_by_their_likelihood(model: Model, tmp_path: Path) -> None:
     rows = suite.rows("squad", NUM_ROWS, seed=2)
     made = replica("squad", model, tmp_path, rows)
@@ -200,14 +256,14 @@ def test_generated_answers_are_trained_on_by_their_likelihood(model: Model, tmp_
 
 
 @torch.no_grad()
-def written(model: Model, reference: Any, stem: str, stop: str) -> str:
-    """What transformers continues a text with, greedily: before `stop`, in 12 tokens at most."""
+def written(model: Model, reference: Any, stem: str, stop: str, max_new_tokens: int = 12) -> str:
+    """What transformers continues a text with, greedily, before `stop`."""
     tokens = torch.tensor([model.tokenizer(stem)["input_ids"]])
     found = reference.generate(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
         do_sample=False,
-        max_new_tokens=12,
+        max_new_tokens=max_new_tokens,
         eos_token_id=model.tokenizer.eos_token_id,
         pad_token_id=0,
     )
