@@ -199,6 +199,8 @@ class Task(Section):
     """What calibration scores: the template without its row."""
     loss: Literal["option_ce", "lm"] = "option_ce"
     """option_ce: cross-entropy over the options. lm: over the right option's tokens."""
+    objective: Literal["loss", "accuracy", "f1", "exact_match"] = "loss"
+    """What is made small: the loss, or minus a metric's mean over the batch."""
     metric: Literal["accuracy", "f1", "exact_match"] = "accuracy"
     """accuracy: of the best-scored option. The others: of a generated answer, as SQuAD has them."""
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = ["\n"]
@@ -261,6 +263,11 @@ class Task(Section):
         return self
 
     def _check_options(self) -> None:
+        if self.objective != "loss" and (self.objective == "accuracy") == self.is_generated:
+            raise ValueError(
+                f"objective: {self.objective} cannot be measured of answers whose metric is "
+                f"{self.metric}: accuracy is of options, f1 and exact_match of generated answers"
+            )
         if self.is_generated:
             if self.options or self.loss != "lm":
                 raise ValueError(

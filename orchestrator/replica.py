@@ -5,6 +5,8 @@ the replica may be missing, so that a call's answer depends on nothing but its a
 """
 
 import importlib.metadata
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from contextlib import closing
@@ -19,7 +21,7 @@ from orchestrator.config import Config, ConfigError
 from orchestrator.encoder import Encoder, Encoding
 from orchestrator.engine import Engine, Launched
 from orchestrator.objectives import calibrated as without_prior
-from orchestrator.objectives import option_cross_entropy, token_cross_entropy
+from orchestrator.objectives import option_accuracy, option_cross_entropy, token_cross_entropy
 from orchestrator.records import (
     ChunkScores,
     ExampleScore,
@@ -113,7 +115,10 @@ class Replica:
         self._catch_up(updates)
         if not probes:
             return []
-        encodings = self._encoder.encode("train", self._examples(probes))
+        examples = self._examples(probes)
+        if self._task.objective in answers.METRICS:
+            return self._answer_losses(examples, probes)
+        encodings = self._encoder.encode("train", examples)
         launches: dict[tuple[str | None, ...], list[Launched]] = {}
         plans: dict[tuple[str | None, ...], ScorePlan] = {}
         order = []
@@ -130,6 +135,27 @@ class Replica:
             for adapters, launched in launches.items()
         }
         return [loss for adapters in order for loss in next(losses[adapters])]
+
+    def _answer_losses(self, examples: Sequence[int], probes: Sequence[Probe]) -> list[ProbeLoss]:
+        """Minus the metric's mean over the answers that are generated under each probe.
+
+        Not finite where an answer's logits were not.
+        """
+        prompts, losses = self._prompts("train", examples), []
+        with closing(self.space.placed(probes)) as groups:
+            for group in groups:
+                found = iter(self._continued(prompts, [placed.adapter for placed in group]))
+                for _ in group:
+                    own = list(itertools.islice(found, len(prompts)))
+                    values = [
+                        math.nan
+                        if each.ended == "undefined"
+                        else self._worth(self._task.objective, "train", id, each)
+                        for id, each in zip(examples, own, strict=True)
+                    ]
+                    mean = sum(values) / len(values)
+                    losses.append(ProbeLoss(-mean, _num_tokens(prompts, own)))
+        return losses
 
     def score(
         self,
@@ -208,8 +234,9 @@ class Replica:
         prompts = self._prompts(split, examples)
         namespace, num_warm = self._warmed(prompts)
         found = self._continued(prompts, (self.space.adapter,), namespace)
+        metric = self._task.metric
         scores = [
-            ExampleScore(id=id, value=self._worth(split, id, each), answer=self._answer(each))
+            ExampleScore(id, self._worth(metric, split, id, each), answer=self._answer(each))
             for id, each in zip(examples, found, strict=True)
         ]
         num_reused = sum(each.num_reused for each in found)
@@ -240,10 +267,10 @@ class Replica:
         assert continuation.text is not None  # a decode was handed in
         return answers.cut(continuation.text, self._task.stop)
 
-    def _worth(self, split: Split, id: int, continuation: Continuation) -> float:
-        """What the metric gives for a generated answer to an example."""
-        metric = answers.METRICS[self._task.metric]
-        return metric(self._answer(continuation), self._data.split(split)[id].answers)
+    def _worth(self, metric: str, split: Split, id: int, continuation: Continuation) -> float:
+        """What a metric gives for a generated answer to an example."""
+        right = self._data.split(split)[id].answers
+        return answers.METRICS[metric](self._answer(continuation), right)
 
     def digest(self, updates: Sequence[StepUpdate]) -> str:
         """Checksum of the trained state that the updates lead to."""
@@ -287,10 +314,12 @@ class Replica:
         self, encodings: Sequence[Encoding], plan: ScorePlan, launches: Sequence[Launched]
     ) -> list[list[ProbeLoss]]:
         """Per launch of a plan, the losses under each of its adapters."""
+        task = self._task
+        kind = task.loss if task.objective == "loss" else task.objective
         return [
             [
                 ProbeLoss(
-                    batch_loss(self._task.loss, encodings, scores),
+                    batch_loss(kind, encodings, scores),
                     answer.num_tokens // len(plan.adapters),
                 )
                 for scores in _by_option(encodings, answer)
@@ -318,13 +347,19 @@ def _by_option(encodings: Sequence[Encoding], scores: Scores) -> list[list[list[
 def batch_loss(
     kind: str, encodings: Sequence[Encoding], scores: Sequence[Sequence[SpanScore]]
 ) -> float:
-    """A batch's loss of the recipe's kind (task.loss), from its options' scores."""
+    """A batch's loss, from its options' scores; `kind` is task.loss, or accuracy."""
     if kind == "lm":
         sums = [options[e.label].sum for e, options in zip(encodings, scores, strict=True)]
         lengths = [end - start for e in encodings for start, end in [e.spans[e.label]]]
         return token_cross_entropy(sums, lengths)
-    values = [
-        option_cross_entropy([option.mean for option in options], encoding.label)
-        for options, encoding in zip(scores, encodings, strict=True)
-    ]
+    means = [[option.mean for option in options] for options in scores]
+    if kind == "accuracy":
+        values = [
+            -option_accuracy(row, (e.label, *e.also_right))
+            for row, e in zip(means, encodings, strict=True)
+        ]
+    else:
+        values = [
+            option_cross_entropy(row, e.label) for row, e in zip(means, encodings, strict=True)
+        ]
     return sum(values) / len(values)

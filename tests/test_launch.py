@@ -1,7 +1,6 @@
 """The command line as a user meets it: exit codes, one-line mistakes, files that are written."""
 
 import json
-import random
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import WORDS, renamed
+from conftest import renamed, write_questions
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -266,14 +265,7 @@ def test_a_ray_job_must_say_where_its_records_go(
 def generated(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) -> Path:
     """The folder of a finished run whose answers are generated, with dev rows."""
     folder = tmp_path_factory.mktemp("generated")
-    draw = random.Random(0)
-    rows = folder / "rows.jsonl"
-    with rows.open("w") as file:
-        for _ in range(40):
-            words = draw.choices(WORDS, k=8)
-            fields = {"title": words[0], "context": " ".join(words), "question": "what"}
-            answers = {"text": [" ".join(words[:2]), " ".join(words[3:])]}
-            file.write(json.dumps({**fields, "answers": answers}) + "\n")
+    rows = write_questions(folder / "rows.jsonl", 40)
     values = yaml.safe_load(yaml.safe_dump(recipe))
     task = {"preset": "squad", "train": {"path": str(rows)}, "holdout": 12, "num_dev": 10}
     values["task"] = {**task, "max_new_tokens": 6}

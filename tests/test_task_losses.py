@@ -1,6 +1,7 @@
 """The tasks' losses and scores by our engine, against transformers on the tables' texts."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from orchestrator import answers, tasks
 from orchestrator.config import Config, ConfigError, Task
 from orchestrator.encoder import Encoder, Encoding
 from orchestrator.engine import Engine
-from orchestrator.objectives import calibrated, token_cross_entropy
+from orchestrator.objectives import calibrated, option_accuracy, token_cross_entropy
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.replica import Replica, batch_loss
 from orchestrator.score_plan import SpanScore
@@ -306,6 +307,52 @@ def test_answers_are_generated_under_the_trained_state(
     assert values == [answers.exact_match(*pair) for pair in zip(texts, golds, strict=True)]
     assert 0 < sum(values) < NUM_ROWS
     made.close()
+
+
+@pytest.mark.parametrize("space", ["dense", "lora", "low_rank", "prefix"])
+def test_generated_answers_are_an_objective(space: str, model: Model, tmp_path: Path) -> None:
+    """A probe's loss is minus the metric's mean at the state that its perturbation leads to."""
+    rows = suite.rows("squad", NUM_ROWS, seed=4)
+    settings = {"stop": ["e"], "max_new_tokens": 12}
+    made = replica("squad", model, tmp_path, rows, space, **settings)
+    for row, score in zip(rows, made.score([], "test", range(NUM_ROWS)).examples, strict=True):
+        row["answers"]["text"] = [score.answer or "x"]
+    made.close()
+    settings["objective"] = "f1"
+    made = replica("squad", model, tmp_path, rows, space, **settings)
+    eps = 0.004 if space in ("dense", "low_rank") else 0.2
+    examples = tuple(range(3, NUM_ROWS))
+    probes = [Probe(0, 7, sign, eps, examples) for sign in (1, -1)]
+    found = made.evaluate([], probes)
+    before = made.score([], "test", examples)
+    made.close()
+    values = [loss.value for loss in found]
+    assert sum(score.value for score in before.examples) == len(examples)
+    assert len({-1.0, *values}) == 3  # both signs differ, from each other and from the base
+    for probe, loss in zip(probes, found, strict=True):
+        update = StepUpdate(0, (probe.seed,), (probe.sign * eps,), 1.0)
+        fresh = replica("squad", model, tmp_path, rows, space, **settings)
+        scores = fresh.score([update], "test", examples).examples
+        fresh.close()
+        assert loss.value == pytest.approx(-sum(s.value for s in scores) / len(scores))
+        assert loss.num_tokens > len(examples)
+
+
+@pytest.mark.parametrize("name", ["sst2", "record"])
+def test_accuracy_is_an_objective(name: str, model: Model, tmp_path: Path) -> None:
+    rows = suite.rows(name, NUM_ROWS, seed=4)
+    made = replica(name, model, tmp_path, rows, objective="accuracy")
+    examples = (3, 1, 4, 15, 9)
+    (loss,) = made.evaluate([], [Probe(0, 7, 0, 1e-3, examples)])
+    values = [score.value for score in made.score([], "test", examples).examples]
+    assert loss.value == -sum(values) / len(values) != 0
+    made.close()
+
+
+def test_an_objective_is_nothing_where_a_score_is_not_finite() -> None:
+    assert option_accuracy([-2.0, -1.0, -3.0], [1]) == option_accuracy([0.0, -1.0], [1, 0]) == 1
+    assert option_accuracy([-2.0, -1.0], [0]) == 0
+    assert math.isnan(option_accuracy([-2.0, math.nan], [0]))
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_refused(model: Model, tmp_path: Path) -> None:
