@@ -317,9 +317,9 @@ class Run(Section):
     dir: str | None = None
     """Run folder; by default runs/NAME-TIME."""
     eval_every: NonNegative = 0
-    """Steps between looks at held-out accuracy while training; 0: only before and after."""
+    """Steps between looks at dev rows, or else at held-out ones; 0: only before and after."""
     eval_examples: Positive | None = None
-    """Held-out rows of such a look; before and after, all are used."""
+    """Rows of such a look; of held-out ones, before and after, all are used."""
     check_every: NonNegative = 50
     """Steps between comparisons of the replicas' digests; 0: only at the end."""
 
