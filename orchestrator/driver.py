@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from orchestrator import estimator, tasks
 from orchestrator.config import Config
-from orchestrator.evaluate import examples, measured
+from orchestrator.evaluate import measured, scores_of
 from orchestrator.metrics import Evaluation, Observer, StepMetrics
 from orchestrator.records import Fleet, FleetError, ProbeLoss, Split
 from orchestrator.seed_sync import Ledger, StepRecord
@@ -57,9 +57,9 @@ class Driver:
         """Plan, evaluate, estimate, write down, apply."""
         started = time.monotonic()
         settings, run = self._config.estimator, self._config.run
-        batch = tasks.batch(run.seed, step, settings.batch_size, self._num_train)
+        examples = tasks.batch(run.seed, step, settings.batch_size, self._num_train)
         seeds = estimator.seeds(run.seed, step, settings.num_seeds)
-        probes = estimator.probes(settings, step, seeds, batch)
+        probes = estimator.probes(settings, step, seeds, examples)
 
         losses = self._fleet.evaluate(probes)
 
@@ -73,7 +73,7 @@ class Driver:
             decay=estimate.decay,
             eps=settings.eps,
             lr=lr,
-            examples_hash=_hash(batch),
+            examples_hash=_hash(examples),
         )
         self._ledger.append(record)
         self._take(record)
@@ -95,7 +95,7 @@ class Driver:
         """Score a held-out split after `done` steps: all of its examples, or the first few."""
         started = time.monotonic()
         chosen = range(self._num_held_out[split])[:num_examples]
-        found = measured(self._config.task.metric, examples(self._fleet.score(split, chosen)))
+        found = measured(self._config.task.metric, scores_of(self._fleet.score(split, chosen)))
         evaluation = Evaluation(
             step=done,
             accuracy=found.value,

@@ -33,7 +33,7 @@ def share_computed(chunks: Sequence[ChunkScores]) -> tuple[int, int]:
     return num_tokens, num_tokens + sum(chunk.num_reused for chunk in chunks)
 
 
-def examples(chunks: Sequence[ChunkScores]) -> list[ExampleScore]:
+def scores_of(chunks: Sequence[ChunkScores]) -> list[ExampleScore]:
     return [score for chunk in chunks for score in chunk.examples]
 
 
@@ -48,17 +48,6 @@ def measured(metric: str, scores: Sequence[ExampleScore]) -> Measured:
     return Measured(metric, mean, low, high, len(values))
 
 
-def interval(share: float, number: int) -> tuple[float, float]:
-    """The 95 % interval of a share (0 to 1) seen in `number` examples (Wilson 1927)."""
-    square = NORMAL_QUANTILE**2
-    scale = 1 + square / number
-    middle = (share + square / (2 * number)) / scale
-    variance = share * (1 - share) / number + square / (4 * number**2)
-    reach = NORMAL_QUANTILE / scale * math.sqrt(variance)
-    # The share lies within, which rounding must not change where none or all are right.
-    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
-
-
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean of values from 0 to 1, by the normal distribution.
 
@@ -71,6 +60,16 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     variance = math.fsum((value - mean) ** 2 for value in values) / (number - 1)
     reach = NORMAL_QUANTILE * math.sqrt(variance / number)
     return max(0.0, mean - reach), min(1.0, mean + reach)
+
+
+def interval(share: float, number: int) -> tuple[float, float]:
+    """The 95 % interval (Wilson 1927) of a share (0 to 1) that was seen in `number` examples."""
+    z = 1.959964  # the normal distribution's quantile at 0.975
+    spread = 1 + z**2 / number
+    middle = (share + z**2 / (2 * number)) / spread
+    reach = z / spread * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2))
+    # With none or all right an end is 0 or 1, but for rounding.
+    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
 
 
 def write_scores(path: Path, scores: Sequence[ExampleScore]) -> None:

@@ -136,6 +136,34 @@ class Records:
         )
 
 
+def entries(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl in their order, but for those that a crash cut short.
+
+    A resumed run may have noted a step or an evaluation twice; the later entry holds.
+    """
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and "kind" in entry and "step" in entry:
+                yield entry
+
+
+def fork(folder: Path, new_folder: Path, step: int, *, same_data: bool) -> None:
+    """Give a fork what its parent noted up to `step`; evaluations only if the rows are the same."""
+    with (new_folder / METRICS_FILE).open("w", encoding="utf-8") as file:
+        for entry in entries(folder):
+            is_step = entry["kind"] == "step"
+            is_before = entry["step"] < step + (not is_step)  # looks are counted in steps done
+            if is_before and (is_step or same_data):
+                file.write(json.dumps(entry) + "\n")
+
+
 def baseline(folder: Path) -> Evaluation | None:
     """The look at test rows that a run noted before its first step, if it did."""
     looks = (look for look in evaluations(folder) if look.split == "test" and look.step == 0)
@@ -144,12 +172,8 @@ def baseline(folder: Path) -> Evaluation | None:
 
 def evaluations(folder: Path) -> Iterator[Evaluation]:
     """What a run noted of its looks at test and dev rows."""
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        return
     names = [field.name for field in fields(Evaluation)]
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = _with_tuples(json.loads(line))
+    for entry in map(_with_tuples, entries(folder)):
         if entry["kind"] in ("evaluation", DEV_EVALUATION):
             yield Evaluation(**{name: entry[name] for name in names if name in entry})
 

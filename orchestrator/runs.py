@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from orchestrator import assets, metrics, output, tasks
 from orchestrator.config import Config, ConfigError, load
 from orchestrator.driver import Driver
-from orchestrator.evaluate import examples, measured, share_computed, write_scores
+from orchestrator.evaluate import measured, scores_of, share_computed, write_scores
 from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary
 from orchestrator.noise import NOISE_VERSION
 from orchestrator.progress import Display
@@ -217,7 +217,7 @@ def evaluate(
         if trained:
             _replay(run, info, fleet, num_steps)
         chunks = fleet.score("test", range(len(run.data.test)), calibrated=calibrated)
-    scores = examples(chunks)
+    scores = scores_of(chunks)
     write_scores(out, scores)
     state = f"after {num_steps} steps" if trained else "base model"
     if task.demonstrations:
