@@ -192,13 +192,14 @@ class Replica:
         scores = [
             ExampleScore(
                 id=id,
-                value=float(best == encoding.label or best in encoding.also_right),
-                label=encoding.label,
-                also_right=encoding.also_right,
+                # what is not finite chooses nothing
+                value=float(option_accuracy(row, (e.label, *e.also_right)) == 1),
+                label=e.label,
+                also_right=e.also_right,
                 scores=row,
                 prediction=best,
             )
-            for id, encoding, row, best in zip(examples, encodings, values, chosen, strict=True)
+            for id, e, row, best in zip(examples, encodings, values, chosen, strict=True)
         ]
         return ChunkScores(tuple(scores), num_tokens + num_warm, num_reused)
 
