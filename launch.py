@@ -4,6 +4,7 @@
   python launch.py train configs/demo.yaml run.steps=100      ... with a key of the recipe changed
   python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
   python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
+  python launch.py eval configs/demo.yaml task.demonstrations=8 --calibrated --out in_context.jsonl
   python launch.py export runs/demo-20260101-120000 tuned     a folder that others load
   python launch.py report runs/demo-20260101-120000           its course as one HTML page
   python launch.py inspect runs/demo-20260101-120000          what its ledger holds
@@ -26,6 +27,7 @@ from types import FrameType
 from orchestrator import environment, inspection, output, runs
 from orchestrator.config import ConfigError
 
+AT_HELP = "the state after so many steps, or after the best look at dev rows; default: the last"
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -42,9 +44,15 @@ def main() -> int:
         if arguments.command == "train":
             runs.train(run)
         elif arguments.command == "export":
-            runs.export(run, arguments.folder)
+            runs.export(run, arguments.folder, arguments.at)
         else:
-            runs.evaluate(run, arguments.out, trained=Path(arguments.source).is_dir())
+            runs.evaluate(
+                run,
+                arguments.out,
+                trained=Path(arguments.source).is_dir(),
+                at=arguments.at,
+                calibrated=arguments.calibrated,
+            )
         return DONE
     except ConfigError as error:
         _tell(f"error: {error}")
@@ -101,6 +109,15 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _at(text: str) -> runs.At:
+    """The argument of --at."""
+    if text == "best":
+        return "best"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of steps, or best")
+    return int(text)
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,6 +140,12 @@ def _parse() -> argparse.Namespace:
     evaluate.add_argument("source", metavar="CONFIG-or-RUN_DIR")
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
     evaluate.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
+    evaluate.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="choose among options by how much the row speaks for each (surface form competition)",
+    )
+    evaluate.add_argument("--at", type=_at, metavar="STEP|best", help=AT_HELP)
     export = commands.add_parser(
         "export",
         help="write the trained model or adapter",
@@ -132,6 +155,7 @@ def _parse() -> argparse.Namespace:
     )
     export.add_argument("source", metavar="RUN_DIR")
     export.add_argument("folder", metavar="OUT_DIR", type=Path)
+    export.add_argument("--at", type=_at, metavar="STEP|best", help=AT_HELP)
     export.add_argument("overrides", nargs="*", metavar="section.key=value")
     report = commands.add_parser(
         "report",

@@ -18,7 +18,7 @@ import ray
 from orchestrator import dist_patch, environment, output
 from orchestrator.config import Config, ConfigError
 from orchestrator.records import (
-    ExampleScore,
+    ChunkScores,
     FleetError,
     Probe,
     ProbeLoss,
@@ -53,9 +53,13 @@ class ReplicaActor:
         return self._replica.evaluate(updates, probes)
 
     def score(
-        self, updates: Sequence[StepUpdate], split: Split, examples: Sequence[int]
-    ) -> list[ExampleScore]:
-        return self._replica.score(updates, split, examples)
+        self,
+        updates: Sequence[StepUpdate],
+        split: Split,
+        examples: Sequence[int],
+        calibrated: bool,
+    ) -> list[ChunkScores]:
+        return [self._replica.score(updates, split, examples, calibrated)]
 
     def digest(self, updates: Sequence[StepUpdate]) -> str:
         return self._replica.digest(updates)
@@ -161,9 +165,13 @@ class ActorFleet:
             [assign(group) for group in probe_groups(probes, self._config.space.probes_per_group)]
         )
 
-    def score(self, split: Split, examples: Sequence[int]) -> list[ExampleScore]:
+    def score(
+        self, split: Split, examples: Sequence[int], *, calibrated: bool = False
+    ) -> list[ChunkScores]:
         def assign(chunk: Sequence[int]) -> Callable[[_Seat], Any]:
-            return lambda seat: seat.actor.score.remote(self._missing(seat), split, chunk)
+            return lambda seat: seat.actor.score.remote(
+                self._missing(seat), split, chunk, calibrated
+            )
 
         return self._dispatch([assign(chunk) for chunk in example_chunks(examples)])
 

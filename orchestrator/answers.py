@@ -29,6 +29,9 @@ def f1(answer: str, golds: Sequence[str]) -> float:
     return max(_word_f1(normalise(answer).split(), normalise(gold).split()) for gold in golds)
 
 
+METRICS = {"f1": f1, "exact_match": exact_match}
+
+
 def _word_f1(words: Sequence[str], gold: Sequence[str]) -> float:
     if not words or not gold:
         return float(words == gold)

@@ -202,9 +202,11 @@ class Task(Section):
     """What calibration scores: the template without its row."""
     loss: Literal["option_ce", "lm"] = "option_ce"
     """option_ce: cross-entropy over the options. lm: over the right option's tokens."""
+    objective: Literal["loss", "accuracy", "f1", "exact_match"] = "loss"
+    """What is made small: the loss, or minus a metric's mean over the batch."""
     metric: Literal["accuracy", "f1", "exact_match"] = "accuracy"
     """accuracy: of the best-scored option. The others: of a generated answer, as SQuAD has them."""
-    stop: Annotated[list[str], Field(min_length=1)] = ["\n"]
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = ["\n"]
     """Generated answers end before the first of these texts."""
     max_new_tokens: Positive = 50
     """Generated answers: their longest, in tokens."""
@@ -264,6 +266,11 @@ class Task(Section):
         return self
 
     def _check_options(self) -> None:
+        if self.objective != "loss" and (self.objective == "accuracy") == self.is_generated:
+            raise ValueError(
+                f"objective: {self.objective} cannot be measured of answers whose metric is "
+                f"{self.metric}: accuracy is of options, f1 and exact_match of generated answers"
+            )
         if self.is_generated:
             if self.options or self.loss != "lm":
                 raise ValueError(
@@ -313,9 +320,9 @@ class Run(Section):
     dir: str | None = None
     """Run folder; by default runs/NAME-TIME."""
     eval_every: NonNegative = 0
-    """Steps between looks at held-out accuracy while training; 0: only before and after."""
+    """Steps between looks at dev rows, or else at held-out ones; 0: only before and after."""
     eval_examples: Positive | None = None
-    """Held-out rows of such a look; before and after, all are used."""
+    """Rows of such a look; of held-out ones, before and after, all are used."""
     check_every: NonNegative = 50
     """Steps between comparisons of the replicas' digests; 0: only at the end."""
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from orchestrator import estimator
 from orchestrator.batches import Batches
 from orchestrator.config import Config
-from orchestrator.evaluate import accuracy
+from orchestrator.evaluate import measured, scores_of
 from orchestrator.metrics import Evaluation, Observer, StepMetrics
-from orchestrator.records import Fleet, FleetError, ProbeLoss
+from orchestrator.records import Fleet, FleetError, ProbeLoss, Split
 from orchestrator.seed_sync import Ledger, StepRecord
 
 
@@ -30,6 +30,7 @@ class Driver:
         *,
         batches: Batches,
         num_test: int,
+        num_dev: int = 0,
     ) -> None:
         """`fleet` is started; its replicas stand at the base model."""
         self._config = config
@@ -37,7 +38,7 @@ class Driver:
         self._ledger = ledger
         self._observers = observers
         self._batches = batches
-        self._num_test = num_test
+        self._num_held_out: dict[Split, int] = {"test": num_test, "dev": num_dev}
         self._past = estimator.NO_PAST
         for record in ledger.records:
             self._take(record)
@@ -45,7 +46,7 @@ class Driver:
                 self._past = estimator.NO_PAST
 
     def train(self) -> None:
-        """All steps that are missing, with looks at held-out accuracy on the way."""
+        """All steps that are missing, with looks at dev rows, or else test rows, on the way."""
         run = self._config.run
         for step in range(self._ledger.next_step, run.steps):
             self.step(step)
@@ -53,7 +54,7 @@ class Driver:
             if run.check_every and done % run.check_every == 0:
                 self.check_digests()
             if run.eval_every and done % run.eval_every == 0 and done < run.steps:
-                self.evaluate(done, run.eval_examples)
+                self.look(done)
 
     def step(self, step: int) -> None:
         """Plan, evaluate, estimate, write down, apply."""
@@ -91,15 +92,30 @@ class Driver:
             self._config.estimator, self._past, record.seeds, record.losses, record.coefficients
         )
 
-    def evaluate(self, done: int, num_examples: int | None = None) -> float:
-        """Held-out accuracy after `done` steps, on all held-out examples or the first few."""
+    def evaluate(
+        self, done: int, split: Split = "test", num_examples: int | None = None
+    ) -> Evaluation:
+        """Score a held-out split after `done` steps: all of its examples, or the first few."""
         started = time.monotonic()
-        chosen = range(min(num_examples or self._num_test, self._num_test))
-        value = accuracy(self._fleet.score("test", chosen))
-        evaluation = Evaluation(done, value, len(chosen), time.monotonic() - started)
+        chosen = range(self._num_held_out[split])[:num_examples]
+        found = measured(self._config.task.metric, scores_of(self._fleet.score(split, chosen)))
+        evaluation = Evaluation(
+            step=done,
+            accuracy=found.value,
+            num_examples=found.num_examples,
+            seconds=time.monotonic() - started,
+            metric=found.metric,
+            interval=(found.low, found.high),
+            split=split,
+        )
         for observer in self._observers:
             observer.evaluation(evaluation)
-        return value
+        return evaluation
+
+    def look(self, done: int) -> None:
+        """Score, on the way, the dev rows that choose the best checkpoint, or else test rows."""
+        split: Split = "dev" if self._num_held_out["dev"] else "test"
+        self.evaluate(done, split, self._config.run.eval_examples)
 
     def check_digests(self) -> str:
         """The trained state's digest, which all replicas must share.

@@ -48,6 +48,7 @@ class Encoder:
         self._bos, self._eos = bos, eos
         self._max_length = max_length
         self._splits: dict[Split, list[Encoding]] = {}
+        self._longest_prompt = 0
         for split in get_args(Split):
             examples = data.split(split)
             texts = (text for example in examples for text in (example.prompt, *example.texts))
@@ -99,12 +100,17 @@ class Encoder:
         encodings = [encoding for split in self._splits.values() for encoding in split]
         return max(len(tokens) for encoding in encodings for tokens in encoding.sequences)
 
+    def longest_continued(self, max_new_tokens: int) -> int:
+        """Tokens of the longest prompt of `prompts` and of what continues it."""
+        return min(self._longest_prompt + max_new_tokens, self._max_length)
+
     def _tokens(self, texts: Iterable[str]) -> Iterator[list[int]]:
         texts = iter(texts)
         while some := list(itertools.islice(texts, TEXTS_PER_CALL)):
             yield from self._tokenize(some)
 
     def _encode(self, example: Example, prompt: list[int], sequences: list[list[int]]) -> Encoding:
+        self._longest_prompt = max(self._longest_prompt, len(prompt))
         start = self._border(example, prompt, sequences)
         # all options lose the same tokens, so that they follow the same prompt
         excess = max(0, max(map(len, sequences)) - self._max_length)

@@ -10,7 +10,7 @@ names of slots; knows nothing of what the text is for.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -57,6 +57,7 @@ class Stem:
     request: Req | None = None
     entries: torch.Tensor | None = None
     """The KV entries that its rows begin with; None where it has one row, or is not computed."""
+    num_reused: int = 0
 
     @property
     def is_shared(self) -> bool:
@@ -228,6 +229,7 @@ class Generation:
             entrant.request = self._pools.request(
                 entrant.prompt, self._namespace, last, entrant.adapter
             )
+            entrant.num_reused = self._pools.num_reused(entrant.adapter, entrant.request)
             return entrant.request
         stem = entrant.stem
         assert stem.request is not None and stem.entries is not None
@@ -292,7 +294,8 @@ class Generation:
 
     def _answer(self, row: Row) -> Continuation:
         assert row.ended is not None
-        return continuation(row.tokens, row.ended, self._decode, self._sampling.stop_strings)
+        found = continuation(row.tokens, row.ended, self._decode, self._sampling.stop_strings)
+        return replace(found, num_reused=row.stem.num_reused)
 
 
 def _adapter(entrant: Entrant) -> str | None:

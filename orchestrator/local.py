@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.config import Config
 from orchestrator.records import (
-    ExampleScore,
+    ChunkScores,
     Probe,
     ProbeLoss,
     ReplicaInfo,
@@ -49,11 +49,13 @@ class LocalFleet:
             losses += self._replicas[index].evaluate(self._missing(index), group)
         return losses
 
-    def score(self, split: Split, examples: Sequence[int]) -> list[ExampleScore]:
-        scores = []
-        for index, chunk in zip(self._turns(), example_chunks(examples), strict=False):
-            scores += self._replicas[index].score(self._missing(index), split, chunk)
-        return scores
+    def score(
+        self, split: Split, examples: Sequence[int], *, calibrated: bool = False
+    ) -> list[ChunkScores]:
+        return [
+            self._replicas[index].score(self._missing(index), split, chunk, calibrated)
+            for index, chunk in zip(self._turns(), example_chunks(examples), strict=False)
+        ]
 
     def digests(self) -> dict[str, str]:
         return {

@@ -5,8 +5,8 @@ Owns the run folder's names. Nothing here is needed to resume: the ledger alone 
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ LEDGER_FILE = "ledger.jsonl"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 LOG_FILE = "log.txt"
+DEV_EVALUATION = "dev_evaluation"  # kind of a line; "evaluation" is of test rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,22 @@ class StepMetrics:
     seconds: float
 
 
+Interval = tuple[float, float]
+"""The ends of a 95 % interval."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A look at held-out accuracy, after `step` steps."""
+    """A look at held-out examples, after `step` steps."""
 
     step: int
     accuracy: float
+    """The mean of `metric`, whichever that is."""
     num_examples: int
     seconds: float
+    metric: str = "accuracy"
+    interval: Interval | None = None
+    split: str = "test"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,14 @@ class Summary:
     num_held_out: int
     digest: str
     versions: dict[str, str]
+    metric: str = "accuracy"
+    """What the two accuracies are the mean of."""
+    baseline_interval: Interval | None = None
+    final_interval: Interval | None = None
+    best_step: int | None = None
+    """With dev rows: after so many steps their metric was best; `--at best`."""
+    best_dev: float | None = None
+    """Its mean over the dev rows then."""
 
 
 class Observer(Protocol):
@@ -99,8 +116,10 @@ class Records:
         )
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        self._write("evaluation", asdict(evaluation))
-        self._draw(evaluation.step, {"held_out/accuracy": evaluation.accuracy})
+        is_test = evaluation.split == "test"
+        self._write("evaluation" if is_test else DEV_EVALUATION, asdict(evaluation))
+        tag = f"{'held_out' if is_test else evaluation.split}/{evaluation.metric}"
+        self._draw(evaluation.step, {tag: evaluation.accuracy})
 
     def summary(self, summary: Summary) -> None:
         text = json.dumps(asdict(summary), indent=2)
@@ -149,14 +168,34 @@ def fork(folder: Path, new_folder: Path, step: int, *, same_data: bool) -> None:
                 file.write(json.dumps(entry) + "\n")
 
 
-def baseline(folder: Path) -> float | None:
-    """The accuracy that a run noted before its first step, if it did."""
-    for entry in entries(folder):
-        if entry["kind"] == "evaluation" and entry["step"] == 0:
-            return float(entry["accuracy"])
-    return None
+def baseline(folder: Path) -> Evaluation | None:
+    """The look at test rows that a run noted before its first step, if it did."""
+    looks = (look for look in evaluations(folder) if look.split == "test" and look.step == 0)
+    return next(looks, None)
+
+
+def evaluations(folder: Path) -> Iterator[Evaluation]:
+    """What a run noted of its looks at test and dev rows."""
+    names = [field.name for field in fields(Evaluation)]
+    for entry in map(_with_tuples, entries(folder)):
+        if entry["kind"] in ("evaluation", DEV_EVALUATION):
+            yield Evaluation(**{name: entry[name] for name in names if name in entry})
+
+
+def best(looks: Iterable[Evaluation]) -> Evaluation | None:
+    """Of looks at dev rows the one with the largest mean, the earliest of several; None of none."""
+    order = sorted((look for look in looks if look.split == "dev"), key=lambda look: look.step)
+    return max(order, key=lambda look: look.accuracy, default=None)
 
 
 def read_summary(folder: Path) -> Summary:
     """What a finished run came to."""
-    return Summary(**json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")))
+    text = (folder / SUMMARY_FILE).read_text(encoding="utf-8")
+    return Summary(**_with_tuples(json.loads(text)))
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """An object's members; JSON has lists in the place of tuples."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }

@@ -22,6 +22,13 @@ def token_cross_entropy(sums: Sequence[float], num_tokens: Sequence[int]) -> flo
     return -sum(sums) / sum(num_tokens)
 
 
+def option_accuracy(scores: Sequence[float], right: Sequence[int]) -> float:
+    """1 if the best-scored option is a right one, else 0; nan where a score is not finite."""
+    if not all(map(math.isfinite, scores)):
+        return math.nan
+    return float(max(range(len(scores)), key=scores.__getitem__) in right)
+
+
 def calibrated(sums: Sequence[float], unconditional: Sequence[float]) -> list[float]:
     """Options' log-probabilities less those without the row: how much the row speaks for each
     (surface form competition, Holtzman et al. 2021)."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.metrics import Evaluation, StepMetrics, Summary
+from orchestrator.metrics import Evaluation, Interval, StepMetrics, Summary
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -81,23 +81,37 @@ class Display:
     def evaluation(self, evaluation: Evaluation) -> None:
         self._accuracy = f"{evaluation.accuracy:.1%}"
         self._progress.update(self._bar, accuracy=self._accuracy)
+        rows = "held-out" if evaluation.split == "test" else evaluation.split
+        share = _share(evaluation.accuracy, evaluation.interval)
         self.say(
-            f"after {evaluation.step} steps: {self._accuracy} of {evaluation.num_examples} "
-            f"held-out examples right ({evaluation.seconds:.0f} s)"
+            f"after {evaluation.step} steps: {evaluation.metric} {share} on "
+            f"{evaluation.num_examples} {rows} examples ({evaluation.seconds:.0f} s)"
         )
 
     def result(self, summary: Summary, folder: Path) -> None:
         """The closing table."""
-        table = Table(title="Held-out accuracy")
+        table = Table(title=f"Held-out {summary.metric}")
         table.add_column("")
-        table.add_column("accuracy", justify="right")
+        table.add_column(f"{summary.metric} (95 % interval)", justify="right")
         table.add_column("examples", justify="right")
         examples = str(summary.num_held_out)
         if summary.baseline_accuracy is not None:
-            table.add_row("zero-shot", f"{summary.baseline_accuracy:.1%}", examples)
-        table.add_row(f"after {summary.steps} steps", f"{summary.final_accuracy:.1%}", examples)
+            share = _share(summary.baseline_accuracy, summary.baseline_interval)
+            table.add_row("zero-shot", share, examples)
+        share = _share(summary.final_accuracy, summary.final_interval)
+        table.add_row(f"after {summary.steps} steps", share, examples)
         self._console.print(table)
+        if summary.best_step is not None:
+            self.say(
+                f"best on dev rows: {summary.best_dev:.1%} after {summary.best_step} steps; to "
+                f"evaluate or export that state, use --at best"
+            )
         self.say(
             f"{summary.wall_s:.0f} s, {summary.evaluations_per_s:.2f} probes/s, "
             f"{summary.trained_tokens_per_s:.0f} tokens/s\nrun folder: {folder}"
         )
+
+
+def _share(value: float, interval: Interval | None) -> str:
+    ends = "" if interval is None else f" ({interval[0]:.1%} to {interval[1]:.1%})"
+    return f"{value:.1%}{ends}"

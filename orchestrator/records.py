@@ -81,20 +81,36 @@ class UpdateLog:
 
 @dataclass(frozen=True, slots=True)
 class ExampleScore:
-    """One held-out example: mean log-probability per option (natural logarithm), and the argmax.
+    """One held-out example: what the model chose or wrote, and what the task's metric gives for it.
 
-    `label` is the option that would be trained on; some tasks have other right ones beside it.
+    Where answers are generated there is nothing to choose from: label and prediction are None.
     """
 
     id: int
-    label: int
-    scores: tuple[float, ...]
-    prediction: int
+    value: float
+    """Of the metric, from 0 to 1."""
+    label: int | None = None
+    """The option that would be trained on."""
     also_right: tuple[int, ...] = ()
+    """Other right options."""
+    scores: tuple[float, ...] = ()
+    """Per option, the mean log-probability of its tokens (natural logarithm); or, calibrated, their
+    sum less that without the row."""
+    prediction: int | None = None
+    """The option that scores highest."""
+    answer: str | None = None
+    """What was generated, as it was compared with the right answers."""
 
-    @property
-    def is_right(self) -> bool:
-        return self.prediction == self.label or self.prediction in self.also_right
+
+@dataclass(frozen=True, slots=True)
+class ChunkScores:
+    """Held-out examples that a replica scored together, and the work it took."""
+
+    examples: tuple[ExampleScore, ...]
+    num_tokens: int
+    """Tokens that went through the model."""
+    num_reused: int
+    """Tokens whose KV entries were found in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +138,9 @@ class Fleet(Protocol):
 
     def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]: ...
 
-    def score(self, split: Split, examples: Sequence[int]) -> list[ExampleScore]: ...
+    def score(
+        self, split: Split, examples: Sequence[int], *, calibrated: bool = False
+    ) -> list[ChunkScores]: ...
 
     def digests(self) -> dict[str, str]: ...
 

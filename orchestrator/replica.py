@@ -5,6 +5,9 @@ the replica may be missing, so that a call's answer depends on nothing but its a
 """
 
 import importlib.metadata
+import itertools
+import math
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,13 +17,23 @@ import numba
 import torch
 from transformers import AutoTokenizer
 
-from orchestrator import checkpoint, tasks
+from orchestrator import answers, checkpoint, tasks
 from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError
 from orchestrator.encoder import Encoder, Encoding
 from orchestrator.engine import Engine, Launched
-from orchestrator.objectives import option_cross_entropy, token_cross_entropy
-from orchestrator.records import ExampleScore, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
+from orchestrator.objectives import calibrated as without_prior
+from orchestrator.objectives import option_accuracy, option_cross_entropy, token_cross_entropy
+from orchestrator.records import (
+    ChunkScores,
+    ExampleScore,
+    Probe,
+    ProbeLoss,
+    ReplicaInfo,
+    Split,
+    StepUpdate,
+)
+from orchestrator.sampling import Continuation, Sampling
 from orchestrator.score_plan import ScorePlan, Scores, SpanScore
 from orchestrator.spaces import SpacePlan
 
@@ -57,6 +70,7 @@ class Replica:
             threads=threads,
             trust_remote_code=config.model.trust_remote_code,
             allow_fallback=config.model.allow_fallback,
+            cuda_graphs=config.task.is_generated,
             score_graphs=config.score_graphs,
             quantization=config.model.quantization,
             adapters=plan.adapters,
@@ -64,19 +78,18 @@ class Replica:
         )
         self.space = plan.build(self.engine)
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        data = tasks.load(config.task)
-        self._encoder = _encoder(config, folder, data)
-        if self._encoder.longest > self.engine.max_sequence_length:
-            raise ConfigError(
-                f"task.max_length: a sequence has {self._encoder.longest} tokens; model.kv_tokens "
-                f"and the model's context allow {self.engine.max_sequence_length}"
-            )
-        if self._encoder.longest * plan.rows_per_sequence > self.engine.kv_tokens:
-            raise ConfigError(
-                f"space.slots: {config.space.slots} times a sequence of {self._encoder.longest} "
-                f"tokens does not fit into the KV pool's {self.engine.kv_tokens}; raise "
-                "model.kv_tokens, or lower space.slots"
-            )
+        self._data = data = tasks.load(config.task)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.model.trust_remote_code
+        )
+        self._encoder = Encoder(
+            data,
+            self._tokenize,
+            bos=self._tokenizer.bos_token_id,
+            eos=self._tokenizer.eos_token_id,
+            max_length=config.task.max_length,
+        )
+        self._require_fit(config, plan.rows_per_sequence)
         self._batches = Batches(config, len(data.train))
         self._latest: list[Batch] = []
         self._next_step = 0
@@ -89,12 +102,39 @@ class Replica:
             versions=tuple((name, importlib.metadata.version(name)) for name in RECORDED_PACKAGES),
         )
 
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._tokenizer(texts)["input_ids"]
+        return ids
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _require_fit(self, config: Config, rows_per_sequence: int) -> None:
+        """Refuse a task whose longest sequence the KV pool does not hold."""
+        longest = self._encoder.longest
+        if config.task.is_generated:
+            longest = max(longest, self._encoder.longest_continued(config.task.max_new_tokens))
+        if longest > self.engine.max_sequence_length:
+            raise ConfigError(
+                f"task.max_length: a sequence has {longest} tokens; model.kv_tokens "
+                f"and the model's context allow {self.engine.max_sequence_length}"
+            )
+        if self._encoder.longest * rows_per_sequence > self.engine.kv_tokens:
+            raise ConfigError(
+                f"space.slots: {config.space.slots} times a sequence of {self._encoder.longest} "
+                f"tokens does not fit into the KV pool's {self.engine.kv_tokens}; raise "
+                "model.kv_tokens, or lower space.slots"
+            )
+
     def evaluate(self, updates: Sequence[StepUpdate], probes: Sequence[Probe]) -> list[ProbeLoss]:
         """The probes' losses, at the state that the updates lead to."""
         self._catch_up(updates)
         if not probes:
             return []
-        batch = self._batch(self._examples(probes))
+        examples = self._examples(probes)
+        if self._task.objective in answers.METRICS:
+            return self._answer_losses(examples, probes)
+        batch = self._batch(examples)
         launches: dict[Adapters, list[Launched]] = {}
         order = []
         with closing(self.space.placed(probes)) as groups:
@@ -114,34 +154,142 @@ class Replica:
         }
         return [loss for adapters in order for loss in next(losses[adapters])]
 
-    def score(
-        self, updates: Sequence[StepUpdate], split: Split, examples: Sequence[int]
-    ) -> list[ExampleScore]:
-        """Option scores of examples under the trained state, unperturbed.
+    def _answer_losses(self, examples: Sequence[int], probes: Sequence[Probe]) -> list[ProbeLoss]:
+        """Minus the metric's mean over the answers that are generated under each probe.
 
-        Raises ConfigError for a task whose answers are generated: there is nothing to choose from.
+        Not finite where an answer's logits were not.
         """
-        if self._task.is_generated:
-            raise ConfigError(
-                f"task.metric: {self._task.metric}: answers cannot be generated yet; a task is "
-                "evaluated by task.metric accuracy, with task.options"
-            )
+        prompts, losses = self._prompts("train", examples), []
+        with closing(self.space.placed(probes)) as groups:
+            for group in groups:
+                found = iter(self._continued(prompts, [placed.adapter for placed in group]))
+                for _ in group:
+                    own = list(itertools.islice(found, len(prompts)))
+                    values = [
+                        math.nan
+                        if each.ended == "undefined"
+                        else self._worth(self._task.objective, "train", id, each)
+                        for id, each in zip(examples, own, strict=True)
+                    ]
+                    mean = sum(values) / len(values)
+                    losses.append(ProbeLoss(-mean, _num_tokens(prompts, own)))
+        return losses
+
+    def score(
+        self,
+        updates: Sequence[StepUpdate],
+        split: Split,
+        examples: Sequence[int],
+        calibrated: bool = False,
+    ) -> ChunkScores:
+        """What the model chooses or writes under the trained state, unperturbed, and its worth.
+
+        `calibrated` is of options alone, and of splits that are held out.
+        """
         self._catch_up(updates)
         self.space.settle()
+        if self._task.is_generated:
+            return self._written(split, examples)
+        return self._chosen(split, examples, calibrated)
+
+    def _chosen(self, split: Split, examples: Sequence[int], calibrated: bool) -> ChunkScores:
+        """The best-scored options."""
         encodings = self._encoder.encode(split, examples)
-        plan = self._plan(encodings, (self.space.adapter,))
-        (scores,) = _by_option(encodings, self.engine.read(plan, [self.engine.launch(plan)])[0])
-        return [
+        sequences = [tokens for encoding in encodings for tokens in encoding.sequences]
+        namespace, num_warm = self._warmed(sequences)
+        options, num_tokens, num_reused = self._scored(encodings, namespace)
+        values = [tuple(option.mean for option in of_example) for of_example in options]
+        if calibrated:
+            others, more_tokens, _ = self._scored(self._encoder.unconditional(split, examples))
+            num_warm += more_tokens
+            values = [
+                tuple(without_prior([given.sum for given in row], [alone.sum for alone in other]))
+                for row, other in zip(options, others, strict=True)
+            ]
+        chosen = [max(range(len(row)), key=row.__getitem__) for row in values]
+        scores = [
             ExampleScore(
                 id=id,
-                label=encoding.label,
-                scores=means,
-                prediction=max(range(len(means)), key=means.__getitem__),
-                also_right=encoding.also_right,
+                # what is not finite chooses nothing
+                value=float(option_accuracy(row, (e.label, *e.also_right)) == 1),
+                label=e.label,
+                also_right=e.also_right,
+                scores=row,
+                prediction=best,
             )
-            for id, encoding, options in zip(examples, encodings, scores, strict=True)
-            for means in [tuple(option.mean for option in options)]
+            for id, e, row, best in zip(examples, encodings, values, chosen, strict=True)
         ]
+        return ChunkScores(tuple(scores), num_tokens + num_warm, num_reused)
+
+    def _scored(
+        self, encodings: Sequence[Encoding], namespace: str | None = None
+    ) -> tuple[list[list[SpanScore]], int, int]:
+        """Scores of all options under the trained state; tokens that were computed, and reused."""
+        plan = self._plan(encodings, (self.space.adapter,))
+        (answer,) = self.engine.read(plan, [self.engine.launch(plan, namespace)])
+        (scores,) = _by_option(encodings, answer)
+        return scores, answer.num_tokens, answer.num_reused
+
+    def _warmed(self, sequences: Sequence[Sequence[int]]) -> tuple[str | None, int]:
+        """A namespace that holds the tokens with which all sequences begin, and what it took.
+
+        It stands for the trained state of now. None where the task has no demonstrations, so that
+        there is little to share.
+        """
+        if not self._task.demonstrations:
+            return None, 0
+        namespace = f"step {self._next_step}"
+        # Rows of a batch do not find each other's entries, so these are computed before.
+        shared = os.path.commonprefix([list(tokens) for tokens in sequences])
+        if not shared:
+            return namespace, 0
+        size = len(shared)
+        own = (self.space.adapter,)
+        answer = self.engine.score([[*shared, 0]], [(size, size + 1)], namespace, own)
+        return namespace, answer.num_tokens
+
+    def _written(self, split: Split, examples: Sequence[int]) -> ChunkScores:
+        """Answers that are generated, the most likely token at a time."""
+        prompts = self._prompts(split, examples)
+        namespace, num_warm = self._warmed(prompts)
+        found = self._continued(prompts, (self.space.adapter,), namespace)
+        metric = self._task.metric
+        scores = [
+            ExampleScore(id, self._worth(metric, split, id, each), answer=self._answer(each))
+            for id, each in zip(examples, found, strict=True)
+        ]
+        num_reused = sum(each.num_reused for each in found)
+        num_tokens = _num_tokens(prompts, found) - num_reused
+        return ChunkScores(tuple(scores), num_tokens + num_warm, num_reused)
+
+    def _prompts(self, split: Split, examples: Sequence[int]) -> list[list[int]]:
+        return self._encoder.prompts(split, examples, self._task.max_new_tokens)
+
+    def _continued(
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapters: Sequence[str | None],
+        namespace: str | None = None,
+    ) -> list[Continuation]:
+        """Greedy continuations under the first adapter, then those under the second, and so on."""
+        ends = {self._tokenizer.eos_token_id} - {None} | self.engine.eos_tokens
+        sampling = Sampling(
+            self._task.max_new_tokens,
+            stop_tokens=frozenset(ends),
+            stop_strings=tuple(self._task.stop),
+        )
+        return self.engine.generate(
+            prompts, sampling, adapters=adapters, decode=self._decode, namespace=namespace
+        )
+
+    def _answer(self, continuation: Continuation) -> str:
+        assert continuation.text is not None  # a decode was handed in
+        return answers.cut(continuation.text, self._task.stop)
+
+    def _worth(self, metric: str, split: Split, id: int, continuation: Continuation) -> float:
+        """What a metric gives for a generated answer to an example."""
+        right = self._data.split(split)[id].answers
+        return answers.METRICS[metric](self._answer(continuation), right)
 
     def digest(self, updates: Sequence[StepUpdate]) -> str:
         """Checksum of the trained state that the updates lead to."""
@@ -198,16 +346,24 @@ class Replica:
         self, encodings: Sequence[Encoding], plan: ScorePlan, launches: Sequence[Launched]
     ) -> list[list[ProbeLoss]]:
         """Per launch of a plan, the losses under each of its adapters."""
+        task = self._task
+        kind = task.loss if task.objective == "loss" else task.objective
         return [
             [
                 ProbeLoss(
-                    batch_loss(self._task.loss, encodings, scores),
+                    batch_loss(kind, encodings, scores),
                     answer.num_tokens // len(plan.adapters),
                 )
                 for scores in _by_option(encodings, answer)
             ]
             for answer in self.engine.read(plan, launches)
         ]
+
+
+def _num_tokens(prompts: Sequence[Sequence[int]], found: Sequence[Continuation]) -> int:
+    """Of prompts and of all that follows them, under every adapter."""
+    num_copies = len(found) // len(prompts)
+    return num_copies * sum(map(len, prompts)) + sum(len(each.tokens) for each in found)
 
 
 def _by_option(encodings: Sequence[Encoding], scores: Scores) -> list[list[list[SpanScore]]]:
@@ -223,31 +379,19 @@ def _by_option(encodings: Sequence[Encoding], scores: Scores) -> list[list[list[
 def batch_loss(
     kind: str, encodings: Sequence[Encoding], scores: Sequence[Sequence[SpanScore]]
 ) -> float:
-    """A batch's loss of the recipe's kind (task.loss), from its options' scores."""
+    """A batch's loss, from its options' scores; `kind` is task.loss, or accuracy."""
     if kind == "lm":
         sums = [options[e.label].sum for e, options in zip(encodings, scores, strict=True)]
         lengths = [end - start for e in encodings for start, end in [e.spans[e.label]]]
         return token_cross_entropy(sums, lengths)
-    values = [
-        option_cross_entropy([option.mean for option in options], encoding.label)
-        for options, encoding in zip(scores, encodings, strict=True)
-    ]
+    means = [[option.mean for option in options] for options in scores]
+    if kind == "accuracy":
+        values = [
+            -option_accuracy(row, (e.label, *e.also_right))
+            for row, e in zip(means, encodings, strict=True)
+        ]
+    else:
+        values = [
+            option_cross_entropy(row, e.label) for row, e in zip(means, encodings, strict=True)
+        ]
     return sum(values) / len(values)
-
-
-def _encoder(config: Config, folder: Path, data: tasks.TaskData) -> Encoder:
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=config.model.trust_remote_code
-    )
-
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = tokenizer(texts)["input_ids"]
-        return ids
-
-    return Encoder(
-        data,
-        tokenize,
-        bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_id,
-        max_length=config.task.max_length,
-    )

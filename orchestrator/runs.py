@@ -4,12 +4,14 @@ Owns what a run folder is and what may change when it is reopened. Knows no tens
 algorithm: the driver has that.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
@@ -17,8 +19,8 @@ from orchestrator import assets, metrics, output, tasks
 from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError, load
 from orchestrator.driver import Driver
-from orchestrator.evaluate import accuracy, write_scores
-from orchestrator.metrics import Records, StepMetrics, Summary
+from orchestrator.evaluate import measured, scores_of, share_computed, write_scores
+from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary
 from orchestrator.noise import NOISE_VERSION
 from orchestrator.progress import Display
 from orchestrator.records import Fleet, ReplicaInfo
@@ -29,6 +31,8 @@ RUNS_FOLDER = Path("runs")
 LOCK_FILE = "training.lock"
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
 Say = Callable[[str], None]
+At = int | Literal["best"]
+"""A state of a run: after so many steps, or the best by dev rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +151,7 @@ def _checked(config: Config, folder: Path) -> Run:
 
 
 def train(run: Run) -> None:
-    """Take the run to its last step; the held-out accuracy before and after goes to the user."""
+    """Take the run to its last step; the held-out metric before and after goes to the user."""
     steps = run.config.run.steps
     with _locked_folder(run):
         if run.is_finished():
@@ -167,42 +171,68 @@ def _train(run: Run, display: Display) -> None:
         _opened_ledger(run, info, display.say) as ledger,
         _closing(Records(run.folder)) as records,
     ):
-        speed = Speed()
+        speed, looks = Speed(), Looks(run.folder, ledger.next_step)
         driver = Driver(
             run.config,
             fleet,
             ledger,
-            [records, display, speed],
+            [records, display, speed, looks],
             batches=Batches(run.config, len(run.data.train)),
             num_test=num_held_out,
+            num_dev=len(run.data.dev),
         )
         if ledger.next_step:
             display.say(f"replaying {ledger.next_step} steps ...")
             driver.check_digests()
             baseline = metrics.baseline(run.folder)
         else:
-            display.say(f"zero-shot accuracy on {num_held_out} held-out examples ...")
+            metric = run.config.task.metric
+            display.say(f"zero-shot {metric} on {num_held_out} held-out examples ...")
             baseline = driver.evaluate(0)
+            if run.data.dev:
+                driver.look(0)
         with display.live(ledger.next_step):
             driver.train()
+        if run.data.dev:
+            driver.look(steps)
         final = driver.evaluate(steps)
+        best = metrics.best(looks.all)
         summary = Summary(
             steps=steps,
             wall_s=time.monotonic() - started,
             evaluations_per_s=speed.per_second(speed.num_probes),
             trained_tokens_per_s=speed.per_second(speed.num_tokens),
-            baseline_accuracy=baseline,
-            final_accuracy=final,
+            baseline_accuracy=baseline.accuracy if baseline else None,
+            final_accuracy=final.accuracy,
             num_held_out=num_held_out,
             digest=driver.check_digests(),
             versions=dict(info.versions),
+            metric=final.metric,
+            baseline_interval=baseline.interval if baseline else None,
+            final_interval=final.interval,
+            best_step=best.step if best else None,
+            best_dev=best.accuracy if best else None,
         )
         records.summary(summary)
     display.result(summary, run.folder)
 
 
-def evaluate(run: Run, out: Path, *, trained: bool) -> None:
-    """Score all held-out examples, under the base model or the run's trained state."""
+def evaluate(
+    run: Run, out: Path, *, trained: bool, at: At | None = None, calibrated: bool = False
+) -> None:
+    """Score all held-out examples, under the base model or the run's trained state.
+
+    That is the ledger's last, or that after `at` steps, or that which dev rows chose.
+    """
+    task = run.config.task
+    if calibrated and task.is_generated:
+        raise ConfigError(
+            f"--calibrated: task.metric is {task.metric}: options are calibrated, and generated "
+            "answers have none; leave it out"
+        )
+    if at is not None and not trained:
+        raise ConfigError(f"--at: {at}: a recipe has no steps yet; name a run folder")
+    num_steps = _num_steps(run, at) if trained else 0
     if out.suffix != ".jsonl" or out.is_dir():
         raise ConfigError(f"--out: {out}: must be the name of a file that ends in .jsonl")
     if not os.access(out.parent, os.W_OK):
@@ -211,16 +241,30 @@ def evaluate(run: Run, out: Path, *, trained: bool) -> None:
     output.divert(log)
     display = Display(output.terminal(), run.config.run.steps)
     with _started_fleet(run, log.absolute(), display.say) as (fleet, info):
-        num_steps = _replay(run, info, fleet) if trained else 0
-        scores = fleet.score("test", range(len(run.data.test)))
+        if trained:
+            _replay(run, info, fleet, num_steps)
+        chunks = fleet.score("test", range(len(run.data.test)), calibrated=calibrated)
+    scores = scores_of(chunks)
     write_scores(out, scores)
     state = f"after {num_steps} steps" if trained else "base model"
-    display.say(f"{state}: {accuracy(scores):.1%} of {len(scores)} held-out examples right")
+    if task.demonstrations:
+        state += f", {task.demonstrations} demonstrations"
+    found = measured(task.metric, scores)
+    name = f"calibrated {found.metric}" if calibrated else found.metric
+    display.say(f"{state}: {name} {found} on {found.num_examples} held-out examples")
+    if task.demonstrations:
+        computed, asked = share_computed(chunks)
+        display.say(
+            f"{computed:,} of {asked:,} tokens computed ({computed / asked:.0%}); the others' "
+            "keys and values were in the cache"
+        )
     display.say(f"scores: {out}")
 
 
-def export(run: Run, folder: Path) -> None:
+def export(run: Run, folder: Path, at: At | None = None) -> None:
     """Write what the run's ledger leads to: a Hugging Face folder, or an adapter in PEFT's form.
+
+    That is its last state, or that after `at` steps, or that which dev rows chose.
 
     One replica replays the ledger and writes; on a cluster the folder lies on its node, or better
     on storage that the nodes share.
@@ -230,13 +274,14 @@ def export(run: Run, folder: Path) -> None:
         raise ConfigError(f"{folder}: exists already; name a folder that is to be made")
     if not os.access(folder.parent, os.W_OK):
         raise ConfigError(f"{folder}: the folder {folder.parent} cannot be written to")
+    num_steps = _num_steps(run, at)
     log = folder.with_name(f"{folder.name}.log")
     output.divert(log)
     display = Display(output.terminal(), run.config.run.steps)
     fleet_section = run.config.fleet.model_copy(update={"num_replicas": 1})
     run = replace(run, config=run.config.model_copy(update={"fleet": fleet_section}))
     with _started_fleet(run, log, display.say) as (fleet, info):
-        num_steps = _replay(run, info, fleet)
+        _replay(run, info, fleet, num_steps)
         fleet.export(folder)
     display.say(f"what {num_steps} steps have trained: {folder}")
 
@@ -278,12 +323,30 @@ def report(folder: Path) -> Path:
 # -------------------------------------------------------------------- parts
 
 
-def _replay(run: Run, info: ReplicaInfo, fleet: Fleet) -> int:
-    """Queue all steps of the run's ledger; their number."""
+def _num_steps(run: Run, at: At | None) -> int:
+    """How many of the ledger's steps lead to the state that is meant."""
+    _, records = Ledger.read(run.ledger_path)
+    last = len(records)
+    if at is None:
+        return last
+    if at == "best":
+        best = metrics.best(Looks(run.folder, last).all)
+        if best is None:
+            raise ConfigError(
+                f"--at best: {run.folder} has not looked at dev rows; name a step, or train with "
+                "task.num_dev"
+            )
+        return best.step
+    if at > last:
+        raise ConfigError(f"--at {at}: {run.ledger_path} has {last} steps; name one of 0 to {last}")
+    return at
+
+
+def _replay(run: Run, info: ReplicaInfo, fleet: Fleet, num_steps: int) -> None:
+    """Queue the first steps of the run's ledger."""
     _, records = Ledger.read(run.ledger_path, _header(run, info))
-    for record in records:
+    for record in itertools.islice(records, num_steps):
         fleet.apply(record.update())
-    return len(records)
 
 
 class Speed:
@@ -298,11 +361,25 @@ class Speed:
         self.num_tokens += step.num_tokens
         self.seconds += step.seconds
 
-    def evaluation(self, evaluation: metrics.Evaluation) -> None:
+    def evaluation(self, evaluation: Evaluation) -> None:
         pass
 
     def per_second(self, count: int) -> float:
         return count / self.seconds if self.seconds else 0.0
+
+
+class Looks:
+    """All looks of a run at held-out rows, this process's and those before it."""
+
+    def __init__(self, folder: Path, next_step: int) -> None:
+        """Those behind the ledger's end are of steps that are taken again."""
+        self.all = [look for look in metrics.evaluations(folder) if look.step <= next_step]
+
+    def step(self, step: StepMetrics) -> None:
+        pass
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self.all.append(evaluation)
 
 
 @contextmanager

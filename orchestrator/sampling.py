@@ -6,7 +6,7 @@ own number alone.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -59,6 +59,8 @@ class Continuation:
     """Up to the stop string; None where no `decode` was handed in."""
     ended: Ending
     """By a stop token or string, by `max_new_tokens`, or because logits were not finite."""
+    num_reused: int = field(default=0, compare=False)
+    """Tokens of the prompt whose KV entries were found in the cache: not what followed, but how."""
 
 
 def choose(

@@ -46,7 +46,7 @@ class Example:
 class TaskData:
     """The examples of the splits; an example's id is its place in its split.
 
-    Those of `train` have the right option alone where the loss asks for no other.
+    Those of `train` have the right option alone where the objective asks for no other.
     """
 
     train: tuple[Example, ...]
@@ -137,7 +137,7 @@ class Renderer:
         else:
             options = self._option_texts(row)
             right = self._right(row, options)
-            if training and self._task.loss == "lm":
+            if training and self._task.loss == "lm" and self._task.objective == "loss":
                 options, right = [options[right[0]]], [0]
         prompt, texts = self._fill("template", self._template, row, options)
         is_calibrated = not training and not self._task.is_generated

@@ -189,6 +189,18 @@ def write_rows(path: Path, num_rows: int, seed: int = 0) -> Path:
     return path
 
 
+def write_questions(path: Path, num_rows: int) -> Path:
+    """Word salad in SQuAD's form: the right answers are words of the context."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(num_rows):
+            words = draw.choices(WORDS, k=8)
+            row = {"title": words[0], "context": " ".join(words), "question": "what"}
+            answers = {"text": [" ".join(words[:2]), " ".join(words[3:])]}
+            file.write(json.dumps({**row, "answers": answers}) + "\n")
+    return path
+
+
 @pytest.fixture(scope="session")
 def recipe(
     tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]

@@ -28,7 +28,7 @@ def run(config: Config, device: str) -> list[Any]:
     assert len({loss for losses in found for loss in losses}) > NUM_STEPS, found
     live: Any = replica.space
     found.append(live.trained.digest(live=True))  # as the last probe left it
-    found.append([score.scores for score in replica.score(updates, "test", examples)])
+    found.append([score.scores for score in replica.score(updates, "test", examples).examples])
     found += [replica.digest(updates), live.trained.digest(live=True)]
     found.append({name: value.cpu() for name, value in live.weights()})
     model = replica.engine.model

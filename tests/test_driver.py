@@ -14,7 +14,7 @@ from orchestrator import noise
 from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.driver import Driver
-from orchestrator.records import ExampleScore, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
+from orchestrator.records import ChunkScores, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
 from orchestrator.seed_sync import Header, Ledger
 
 HEADER = Header(1, 1, "toy", "", "", "", ())
@@ -56,7 +56,9 @@ class ToyFleet:
             for p in probes
         ]
 
-    def score(self, split: Split, examples: Sequence[int]) -> list[ExampleScore]:
+    def score(
+        self, split: Split, examples: Sequence[int], *, calibrated: bool = False
+    ) -> list[ChunkScores]:
         raise NotImplementedError
 
     def digests(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one-line mistakes, files that are written."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import renamed
+from conftest import renamed, write_questions
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -343,3 +345,94 @@ def test_a_ray_job_must_say_where_its_records_go(
     """Ray deletes a job's own working directory, where the default run folder would lie."""
     monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
     assert "run.dir: must be given in a Ray job" in mistake("train", recipe_path)
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) -> Path:
+    """The folder of a finished run whose answers are generated, with dev rows."""
+    folder = tmp_path_factory.mktemp("generated")
+    rows = write_questions(folder / "rows.jsonl", 40)
+    values = yaml.safe_load(yaml.safe_dump(recipe))
+    task = {"preset": "squad", "train": {"path": str(rows)}, "holdout": 12, "num_dev": 10}
+    values["task"] = {**task, "max_new_tokens": 6}
+    values["estimator"] |= {"lr": 0.05}  # far enough that looks differ
+    (folder / "squad.yaml").write_text(yaml.safe_dump(values))
+    done = launch("train", folder / "squad.yaml", f"run.dir={folder}/run", "run.eval_every=1")
+    assert done.returncode == DONE, done.stdout + done.stderr
+    assert "zero-shot f1 on 12 held-out examples" in done.stdout
+    assert "best on dev rows:" in done.stdout
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_a_run_with_dev_rows_knows_its_best_step(generated: Path, tmp_path: Path) -> None:
+    entries = [json.loads(line) for line in (generated / "metrics.jsonl").read_text().splitlines()]
+    looks = [entry for entry in entries if entry["kind"] == "dev_evaluation"]
+    assert [look["step"] for look in looks] == list(range(7))
+    tests = [entry for entry in entries if entry["kind"] == "evaluation"]
+    assert [look["step"] for look in tests] == [0, 6]
+    values = [look["accuracy"] for look in looks]
+    assert len(set(values)) > 1
+    summary = json.loads((generated / "summary.json").read_text())
+    assert (summary["metric"], summary["best_step"]) == ("f1", values.index(max(values)))
+    low, high = summary["final_interval"]
+    assert low < summary["final_accuracy"] < high
+
+    best, named, first = (tmp_path / f"{name}.jsonl" for name in ("best", "named", "first"))
+    done = launch("eval", generated, "--at", "best", "--out", best)
+    assert (done.returncode, f"after {summary['best_step']} steps: f1" in done.stdout) == (
+        DONE,
+        True,
+    )
+    assert launch("eval", generated, "--at", summary["best_step"], "--out", named).returncode == 0
+    assert best.read_text() == named.read_text()
+    assert launch("eval", generated, "--at", "0", "--out", first).returncode == DONE
+    lines = [json.loads(line) for line in first.read_text().splitlines()]
+    assert tests[0]["accuracy"] == pytest.approx(sum(line["value"] for line in lines) / 12)
+    assert first.read_text() != best.read_text()
+
+
+@pytest.mark.slow
+def test_states_that_are_not_there_are_told(
+    generated: Path, finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.jsonl"
+    assert "has 6 steps; name one of 0 to 6" in mistake(
+        "eval", generated, "--at", "7", "--out", out
+    )
+    assert "has not looked at dev rows" in mistake("eval", finished, "--at", "best", "--out", out)
+    assert "a recipe has no steps" in mistake("eval", recipe_path, "--at", "1", "--out", out)
+    assert "--calibrated: task.metric is f1" in mistake(
+        "eval", generated, "--calibrated", "--out", out
+    )
+    assert "has 6 steps" in mistake("export", generated, tmp_path / "model", "--at", "9")
+
+
+@pytest.mark.slow
+def test_an_export_is_of_the_state_that_is_named(
+    generated: Path, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    assert launch("export", generated, tmp_path / "first", "--at", "0").returncode == DONE
+    exported = load_file(tmp_path / "first" / "model.safetensors")
+    base = load_file(Path(recipe["model"]["path"]) / "model.safetensors")
+    assert exported.keys() == base.keys()
+    assert all(torch.equal(exported[name], base[name]) for name in base)
+    assert launch("export", generated, tmp_path / "third", "--at", "3").returncode == DONE
+    third = load_file(tmp_path / "third" / "model.safetensors")
+    assert not all(torch.equal(third[name], base[name]) for name in base)
+
+
+@pytest.mark.slow
+def test_eval_in_context_tells_what_was_computed(recipe_path: Path, tmp_path: Path) -> None:
+    done = launch(
+        "eval",
+        recipe_path,
+        "task.demonstrations=6",
+        "--calibrated",
+        "--out",
+        tmp_path / "scores.jsonl",
+    )
+    assert done.returncode == DONE, done.stdout + done.stderr
+    assert "base model, 6 demonstrations: calibrated accuracy" in done.stdout
+    computed, asked = re.findall(r"([\d,]+) of ([\d,]+) tokens computed", done.stdout)[0]
+    assert int(computed.replace(",", "")) < int(asked.replace(",", "")) / 2

@@ -2,15 +2,23 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from orchestrator.evaluate import accuracy, write_scores
-from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary, baseline
+from orchestrator.metrics import (
+    Evaluation,
+    Records,
+    StepMetrics,
+    Summary,
+    baseline,
+    best,
+    evaluations,
+    read_summary,
+)
 from orchestrator.progress import Display
-from orchestrator.records import ExampleScore
 
 STEPS = [
     StepMetrics(
@@ -46,7 +54,7 @@ def test_tensorboard_and_json_lines_hold_the_same(tmp_path: Path) -> None:
     assert [line["kind"] for line in lines] == ["evaluation", "step", "step", "step", "evaluation"]
     assert [line["loss"] for line in lines[1:4]] == [step.loss for step in STEPS]
     assert json.loads((tmp_path / "summary.json").read_text())["final_accuracy"] == 0.75
-    assert baseline(tmp_path) == 0.5
+    assert baseline(tmp_path) == BEFORE
 
 
 def test_a_run_without_a_baseline_has_none(tmp_path: Path) -> None:
@@ -62,25 +70,33 @@ def test_plain_output_tells_step_loss_gradient_speed_time_left_and_accuracy() ->
     with display.live(0):
         for step in STEPS:
             display.step(step)
-    display.result(SUMMARY, Path("runs/x"))
+    summary = replace(SUMMARY, final_interval=(0.6, 0.85), best_step=2, best_dev=0.7)
+    display.result(summary, Path("runs/x"))
     shown = terminal.getvalue()
     assert "step 1/3  loss 1.0000  |g| 5.00  0.50 steps/s  4 s left  held-out 50.0%" in shown
     assert "step 3: dropped 1 seeds whose loss was not finite" in shown
     assert "zero-shot" in shown and "50.0%" in shown
-    assert "after 3 steps" in shown and "75.0%" in shown
+    assert "after 3 steps" in shown and "75.0% (60.0% to 85.0%)" in shown
+    assert "best on dev rows: 70.0% after 2 steps" in shown
     assert shown.rstrip().endswith("run folder: runs/x")
 
 
-def test_accuracy_and_the_file_of_scores(tmp_path: Path) -> None:
-    scores = [ExampleScore(0, 1, (-2.0, -1.0), 1), ExampleScore(1, 0, (-2.0, -1.0), 1)]
-    assert accuracy(scores) == 0.5
-    assert accuracy([*scores, ExampleScore(2, 0, (-2.0, -1.0), 1, also_right=(1,))]) == 2 / 3
-    write_scores(tmp_path / "scores.jsonl", scores)
-    lines = (tmp_path / "scores.jsonl").read_text().splitlines()
-    assert json.loads(lines[0]) == {
-        "id": 0,
-        "label": 1,
-        "scores": [-2.0, -1.0],
-        "prediction": 1,
-        "also_right": [],
-    }
+def test_looks_at_dev_rows_are_told_apart_and_choose_the_best(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    dev = [
+        Evaluation(step, value, 10, 1.0, "f1", (value - 0.1, value + 0.1), "dev")
+        for step, value in [(0, 0.2), (2, 0.6), (4, 0.6), (6, 0.5)]
+    ]
+    looks = [Evaluation(0, 0.3, 20, 1.0, "f1", (0.2, 0.4)), *dev]
+    for look in looks:
+        records.evaluation(look)
+    records.summary(replace(SUMMARY, metric="f1", final_interval=(0.1, 0.2)))
+    records.close()
+    assert list(evaluations(tmp_path)) == looks
+    assert baseline(tmp_path) == looks[0]
+    assert best(evaluations(tmp_path)) == dev[1]
+    assert best(looks[:1]) is None
+    assert read_summary(tmp_path).final_interval == (0.1, 0.2)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert len(events.Scalars("dev/f1")) == len(dev)
+    assert len(events.Scalars("held_out/f1")) == 1

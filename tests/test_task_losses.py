@@ -1,6 +1,7 @@
 """The tasks' losses and scores by our engine, against transformers on the tables' texts."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,22 @@ import small_tokenizers
 import suite
 import torch
 from conftest import DEVICE
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from orchestrator import tasks
+from orchestrator import answers, tasks
 from orchestrator.config import Config, ConfigError, Task
 from orchestrator.encoder import Encoder, Encoding
 from orchestrator.engine import Engine
-from orchestrator.objectives import calibrated, token_cross_entropy
-from orchestrator.records import Probe
+from orchestrator.objectives import calibrated, option_accuracy, token_cross_entropy
+from orchestrator.records import Probe, StepUpdate
 from orchestrator.replica import Replica, batch_loss
 from orchestrator.score_plan import SpanScore
 
@@ -142,11 +150,19 @@ def test_losses_and_scores_equal_transformers(
         assert sums == pytest.approx(expected_sums, abs=1e-4)
 
 
-def replica(name: str, model: Model, folder: Path, rows: list[dict[str, Any]]) -> Replica:
+def replica(
+    name: str,
+    model: Model,
+    folder: Path,
+    rows: list[dict[str, Any]],
+    space: str = "dense",
+    **settings: Any,
+) -> Replica:
     config = Config.model_validate(
         {
             "model": {"path": str(model.folder), "dtype": "float32", "kv_tokens": 2048},
-            "task": task(name, folder, rows).model_dump(),
+            "space": {"kind": space},
+            "task": task(name, folder, rows).model_dump() | settings,
             "fleet": {"kind": "local"},
             "run": {"steps": 1},
         }
@@ -165,25 +181,184 @@ def test_a_replica_trains_on_and_scores_options_that_differ_by_row(
     assert answer.value == pytest.approx(
         expected_loss(model, [cases[id] for id in examples]), abs=1e-4
     )
-    found = made.score([], "test", range(NUM_ROWS))
+    found = made.score([], "test", range(NUM_ROWS)).examples
     for case, score in zip(cases, found, strict=True):
         means = [float(model.logprobs(case.stem, text).mean()) for text in case.options]
         assert score.scores == pytest.approx(means, abs=1e-4)
         best = max(range(len(means)), key=means.__getitem__)
-        assert (score.prediction, score.is_right) == (best, best in case.right)
-    assert {score.is_right for score in found} == {True, False}
+        assert (score.prediction, score.value) == (best, best in case.right)
+    assert {score.value for score in found} == {1.0, 0.0}
     made.close()
 
 
-def test_generated_answers_are_trained_on_and_not_scored(model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sst2", "copa", "boolq"])
+def test_a_replica_chooses_by_what_the_row_adds(name: str, model: Model, tmp_path: Path) -> None:
+    rows = suite.rows(name, NUM_ROWS, seed=3)
+    made = replica(name, model, tmp_path, rows)
+    found = made.score([], "test", range(NUM_ROWS), calibrated=True).examples
+    plain = made.score([], "test", range(NUM_ROWS)).examples
+    for row, score in zip(rows, found, strict=True):
+        case = suite.case(name, row)
+        assert case.alone is not None
+        before, texts = case.alone
+        expected = [
+            float(model.logprobs(case.stem, text).sum() - model.logprobs(before, other).sum())
+            for text, other in zip(case.options, texts, strict=True)
+        ]
+        assert score.scores == pytest.approx(expected, abs=1e-4)
+        best = max(range(len(expected)), key=expected.__getitem__)
+        assert (score.prediction, score.value) == (best, best == case.right[0])
+    assert [score.prediction for score in found] != [score.prediction for score in plain]
+    made.close()
+
+
+@pytest.mark.parametrize(("name", "space"), [("rte", "dense"), ("copa", "lora"), ("squad", "lora")])
+def test_demonstrations_are_computed_once_a_state(
+    name: str, space: str, model: Model, tmp_path: Path
+) -> None:
+    """What is found in the cache is of the state that is scored, not of one before."""
+    rows = suite.rows(name, NUM_ROWS, seed=3)
+    settings = {"demonstrations": 4, "max_new_tokens": 8, "stop": ["e"]}
+    made = replica(name, model, tmp_path, rows, space, **settings)
+    chunk = made.score([], "test", range(NUM_ROWS))
+    shown = tasks.load(made._task).demonstrations
+    for row, score in zip(rows, chunk.examples, strict=True):
+        case = suite.case(name, row)
+        stem = shown + case.stem
+        if name == "squad":
+            assert score.answer == written(model, model.reference, stem, "e", max_new_tokens=8)
+        else:
+            means = [float(model.logprobs(stem, text).mean()) for text in case.options]
+            assert score.scores == pytest.approx(means, abs=1e-4)
+    size = len(model.tokenizer(shown)["input_ids"])
+    assert chunk.num_reused >= (size - 1) * NUM_ROWS
+    again = made.score([], "test", range(NUM_ROWS))
+    assert again.num_tokens < chunk.num_tokens - size + 2
+
+    update = StepUpdate(0, (7, 8), (0.2, -0.1) if space == "lora" else (0.02, -0.01), 1.0)
+    moved = made.score([update], "test", range(NUM_ROWS))
+    made.close()
+    fresh = replica(name, model, tmp_path, rows, space, **settings)
+    expected_chunk = fresh.score([update], "test", range(NUM_ROWS))
+    fresh.close()
+    for score, other in zip(moved.examples, expected_chunk.examples, strict=True):
+        assert score.scores == pytest.approx(other.scores, abs=1e-5)
+        assert score.answer == other.answer
+    assert moved.examples != chunk.examples
+
+
+def test_generated_answers_are_trained_on_by_their_likelihood(model: Model, tmp_path: Path) -> None:
     rows = suite.rows("squad", NUM_ROWS, seed=2)
     made = replica("squad", model, tmp_path, rows)
     (answer,) = made.evaluate([], [Probe(0, 7, 0, 1e-3, (0, 1, 2))])
     cases = [suite.case("squad", row) for row in rows[:3]]
     assert answer.value == pytest.approx(expected_loss(model, cases), abs=1e-4)
-    with pytest.raises(ConfigError, match="task.metric: f1: answers cannot be generated yet"):
-        made.score([], "test", [0])
     made.close()
+
+
+@torch.no_grad()
+def written(model: Model, reference: Any, stem: str, stop: str, max_new_tokens: int = 12) -> str:
+    """What transformers continues a text with, greedily, before `stop`."""
+    tokens = torch.tensor([model.tokenizer(stem)["input_ids"]])
+    found = reference.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=model.tokenizer.eos_token_id,
+        pad_token_id=0,
+    )
+    text: str = model.tokenizer.decode(found[0, tokens.shape[1] :], skip_special_tokens=True)
+    return text.split(stop)[0].strip()
+
+
+@pytest.mark.parametrize("space", ["dense", "lora"])
+def test_answers_are_generated_under_the_trained_state(
+    space: str, model: Model, tmp_path: Path
+) -> None:
+    """Against transformers, or PEFT, on what the state is exported to.
+
+    The right answers hold some of the words that the model will write.
+    """
+    update = StepUpdate(0, (7, 8), (0.2, -0.1) if space == "lora" else (0.02, -0.01), 1.0)
+    rows, stop = suite.rows("squad", NUM_ROWS, seed=2), "e"
+    settings = {"stop": [stop], "max_new_tokens": 12}
+    made = replica("squad", model, tmp_path, rows, space, **settings)
+    exported = tmp_path / "exported"
+    made.export([update], exported)
+    reference = AutoModelForCausalLM.from_pretrained(
+        model.folder if space == "lora" else exported, dtype=torch.float32
+    )
+    if space == "lora":
+        reference = PeftModel.from_pretrained(reference, str(exported))
+    stems = [suite.case("squad", row).stem for row in rows]
+    texts = [written(model, reference, stem, stop) for stem in stems]
+    untrained = [written(model, model.reference, stem, stop) for stem in stems]
+    assert len(set(texts)) > NUM_ROWS // 2 and texts != untrained
+    found = made.score([], "test", range(NUM_ROWS)).examples
+    assert [score.answer for score in found] == texts
+    made.close()
+
+    for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        row["answers"]["text"] = [text[: len(text) // 2] or "x", text if index % 3 == 0 else "no"]
+    made = replica("squad", model, tmp_path, rows, space, metric="exact_match", **settings)
+    values = [score.value for score in made.score([update], "test", range(NUM_ROWS)).examples]
+    golds = [row["answers"]["text"] for row in rows]
+    assert values == [answers.exact_match(*pair) for pair in zip(texts, golds, strict=True)]
+    assert 0 < sum(values) < NUM_ROWS
+    made.close()
+
+
+@pytest.mark.parametrize("space", ["dense", "lora", "low_rank", "prefix"])
+def test_generated_answers_are_an_objective(space: str, model: Model, tmp_path: Path) -> None:
+    """A probe's loss is minus the metric's mean at the state that its perturbation leads to."""
+    rows = suite.rows("squad", NUM_ROWS, seed=4)
+    settings = {"stop": ["e"], "max_new_tokens": 12}
+    made = replica("squad", model, tmp_path, rows, space, **settings)
+    for row, score in zip(rows, made.score([], "test", range(NUM_ROWS)).examples, strict=True):
+        row["answers"]["text"] = [score.answer or "x"]
+    made.close()
+    settings["objective"] = "f1"
+    made = replica("squad", model, tmp_path, rows, space, **settings)
+    eps = 0.004 if space in ("dense", "low_rank") else 0.2
+    examples = tuple(range(3, NUM_ROWS))
+    probes = [Probe(0, 7, sign, eps, examples) for sign in (1, -1)]
+    found = made.evaluate([], probes)
+    before = made.score([], "test", examples)
+    made.close()
+    values = [loss.value for loss in found]
+    assert sum(score.value for score in before.examples) == len(examples)
+    assert len({-1.0, *values}) == 3  # both signs differ, from each other and from the base
+    for probe, loss in zip(probes, found, strict=True):
+        update = StepUpdate(0, (probe.seed,), (probe.sign * eps,), 1.0)
+        fresh = replica("squad", model, tmp_path, rows, space, **settings)
+        scores = fresh.score([update], "test", examples).examples
+        fresh.close()
+        assert loss.value == pytest.approx(-sum(s.value for s in scores) / len(scores))
+        assert loss.num_tokens > len(examples)
+
+
+@pytest.mark.parametrize("name", ["sst2", "record"])
+def test_accuracy_is_an_objective(name: str, model: Model, tmp_path: Path) -> None:
+    rows = suite.rows(name, NUM_ROWS, seed=4)
+    made = replica(name, model, tmp_path, rows, objective="accuracy")
+    examples = (3, 1, 4, 15, 9)
+    (loss,) = made.evaluate([], [Probe(0, 7, 0, 1e-3, examples)])
+    values = [score.value for score in made.score([], "test", examples).examples]
+    assert loss.value == -sum(values) / len(values) != 0
+    made.close()
+
+
+def test_an_objective_is_nothing_where_a_score_is_not_finite() -> None:
+    assert option_accuracy([-2.0, -1.0, -3.0], [1]) == option_accuracy([0.0, -1.0], [1, 0]) == 1
+    assert option_accuracy([-2.0, -1.0], [0]) == 0
+    assert math.isnan(option_accuracy([-2.0, math.nan], [0]))
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_refused(model: Model, tmp_path: Path) -> None:
+    rows = suite.rows("squad", 2)
+    with pytest.raises(ConfigError, match="task.max_length: a sequence has 600 tokens"):
+        replica("squad", model, tmp_path, rows, max_length=600, max_new_tokens=599)
 
 
 def test_every_token_of_a_batch_weighs_the_same() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import DEVICE
+from conftest import DEVICE, write_questions
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -228,23 +228,36 @@ def train(config: Config, path: Path) -> list[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("space", "estimator"),
+    ("space", "estimator", "objective"),
     [
-        (LORA, {}),
-        (LOW_RANK, {}),
-        (PREFIX, {}),
-        (LOW_RANK, {"kind": "es", "second_moment": 0.9, "momentum": 0.5}),
+        (LORA, {}, "loss"),
+        (LOW_RANK, {}, "loss"),
+        (PREFIX, {}, "loss"),
+        (LOW_RANK, {"kind": "es", "second_moment": 0.9, "momentum": 0.5}, "loss"),
+        (LORA, {"eps": 0.3}, "f1"),
+        (PREFIX, {"eps": 0.3}, "accuracy"),
     ],
 )
 def test_slots_give_the_same_ledger_for_any_fleet_and_after_a_resume(
-    space: dict[str, Any], estimator: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
+    space: dict[str, Any],
+    estimator: dict[str, Any],
+    objective: str,
+    recipe: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     values = yaml.safe_load(yaml.safe_dump(recipe))
     values["space"] = space
+    if objective == "f1":
+        rows = write_questions(tmp_path / "rows.jsonl", 50)
+        values["task"] = {"preset": "squad", "train": {"path": str(rows)}, "holdout": 10}
+        values["task"]["max_new_tokens"] = 8
+    values["task"]["objective"] = objective
     values["estimator"] |= {"num_seeds": 4, "lr": 1e-3, **estimator}
     values["run"]["steps"] = STEPS
     whole = train(Config.model_validate(values), tmp_path / "one.jsonl")
     assert len(whole) == STEPS
+    losses = [pair for line in whole for pair in json.loads(line)["losses"]]
+    assert any(len(set(pair)) == len(pair) for pair in losses if len(pair) > 1) or estimator
     for num_replicas in (2, 3):
         values["fleet"]["num_replicas"] = num_replicas
         path = tmp_path / f"{num_replicas}.jsonl"
