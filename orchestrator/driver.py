@@ -58,7 +58,8 @@ class Driver:
     def step(self, step: int) -> None:
         """Plan, evaluate, estimate, write down, apply."""
         started = time.monotonic()
-        settings, run = self._config.estimator, self._config.run
+        run = self._config.run
+        settings = estimator.at_step(self._config.estimator, step, run.steps)
         examples = self._batches.of(step)
         seeds = estimator.seeds(run.seed, step, settings.num_seeds)
         probes = estimator.probes(settings, step, seeds, examples)
@@ -87,8 +88,11 @@ class Driver:
     def _take(self, record: StepRecord) -> None:
         """Bring the fleet, and what the next step builds on, past a step that is written down."""
         self._fleet.apply(record.update())
+        settings = self._config.estimator
+        if record.eps != settings.eps:  # as scheduled
+            settings = settings.model_copy(update={"eps": record.eps})
         self._past = estimator.follow(
-            self._config.estimator, self._past, record.seeds, record.losses, record.coefficients
+            settings, self._past, record.seeds, record.losses, record.coefficients
         )
 
     def evaluate(self, done: int, num_examples: int | None = None) -> float:
