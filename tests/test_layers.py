@@ -25,7 +25,8 @@ LAYERS = [
     {"spaces"},
     {"replica"},
     {"actors", "local"},
-    {"driver"},
+    {"driver", "tune"},
+    {"tune_page"},
     {"runs"},
 ]
 # Packages that only some modules may know.

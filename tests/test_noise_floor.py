@@ -13,6 +13,7 @@ from orchestrator import noise_floor
 from orchestrator.batches import Batches
 from orchestrator.config import Estimator
 from orchestrator.driver import Driver
+from orchestrator.estimator import BASE_SEED
 from orchestrator.metrics import Evaluation, StepMetrics
 from orchestrator.records import Probe, ProbeLoss
 from orchestrator.seed_sync import Ledger
@@ -37,6 +38,7 @@ def test_signal_to_noise_is_that_of_the_slopes(kind: dict[str, Any], slope: floa
     for _ in range(4000):
         along = slope * draw.normal(size=SEEDS) * EPS
         plus, minus, base = (draw.normal(0, NOISE, SEEDS) for _ in range(3))
+        losses: list[tuple[float, ...]]
         if settings.kind == "two_sided":
             losses = list(zip(1 + along + plus, 1 - along + minus, strict=True))
         elif settings.kind == "es":
@@ -83,7 +85,7 @@ def test_a_run_tells_each_steps_signal_and_its_ledger_nothing_of_it(tmp_path: Pa
         signal = noise_floor.signal_to_noise(chosen.estimator, record.losses, noise)
         assert metrics.signal_to_noise == signal
         assert signal is not None and signal > 1
-        assert noise_floor.BASE_SEED not in record.seeds
+        assert BASE_SEED not in record.seeds
 
 
 def test_the_noise_is_measured_in_all_places_and_both_orders() -> None:
