@@ -67,7 +67,7 @@ def measured(fleet: ToyFleet, chosen: Config | None = None) -> tune.Proposal:
 def many_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as make the moments sharp, which they are not meant to be for a user."""
     monkeypatch.setattr(tune, "SLOPE_SEEDS", 500)
-    monkeypatch.setattr(tune, "SLOPE_BATCHES", 20)
+    monkeypatch.setattr(tune, "SLOPE_BATCHES", 80)
 
 
 def test_eps_lies_between_the_noise_and_the_bend() -> None:
@@ -179,7 +179,7 @@ def test_few_probes_find_the_rate_within_a_factor_of_three(
         run = chosen.run.model_copy(update={"seed": seed})
         rates.append(measured(Valley(1e-5), chosen.model_copy(update={"run": run})).lr.lr)
     monkeypatch.setattr(tune, "SLOPE_SEEDS", 500)
-    monkeypatch.setattr(tune, "SLOPE_BATCHES", 20)
+    monkeypatch.setattr(tune, "SLOPE_BATCHES", 80)
     exact = measured(Valley(1e-6), chosen).lr.lr
     assert all(exact / 3 < rate < exact * 3 for rate in rates), (rates, exact)
 
