@@ -338,7 +338,7 @@ def lines(settings: Estimator, proposal: Proposal) -> list[str]:
         mark = "  <" if eps == chosen.eps else ""
         told.append(
             f"{eps:8.2g}{difference:12.3g}{difference / (math.sqrt(2) * noise):12.3g}"
-            f"{change:16.1%}{part:19.1%}{mark}"
+            f"{_share(change):>16}{_share(part):>19}{mark}"
         )
     ratio = signal.batch_noise / signal.signal if signal.signal else math.inf
     told += [
@@ -426,6 +426,10 @@ def _longest_run(holds: NDArray[np.bool_]) -> tuple[int, int]:
         if best == (0, 0) or place - start >= best[1] - best[0]:
             best = (start, place)
     return best
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}" if math.isfinite(value) else "-"
 
 
 def _rounded(value: float) -> float:

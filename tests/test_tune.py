@@ -66,8 +66,8 @@ def measured(fleet: ToyFleet, chosen: Config | None = None) -> tune.Proposal:
 @pytest.fixture
 def many_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as make the moments sharp, which they are not meant to be for a user."""
-    monkeypatch.setattr(tune, "SLOPE_SEEDS", 500)
-    monkeypatch.setattr(tune, "SLOPE_BATCHES", 80)
+    monkeypatch.setattr(tune, "SLOPE_SEEDS", 1000)
+    monkeypatch.setattr(tune, "SLOPE_BATCHES", 30)
 
 
 def test_eps_lies_between_the_noise_and_the_bend() -> None:
@@ -154,7 +154,7 @@ def test_a_step_at_the_proposed_rate_gains_what_was_said(many_probes: None) -> N
     means = {share: float(np.mean(values)) for share, values in gains.items()}
     assert means[1] == max(means.values())
     assert means[0.5] == pytest.approx(0.75 * means[1], rel=0.1)
-    assert means[2] == pytest.approx(0, abs=0.3 * means[1])
+    assert means[2] == pytest.approx(0, abs=0.4 * means[1])
     assert means[3] < 0
 
 
@@ -178,8 +178,8 @@ def test_few_probes_find_the_rate_within_a_factor_of_three(
     for seed in range(8):
         run = chosen.run.model_copy(update={"seed": seed})
         rates.append(measured(Valley(1e-5), chosen.model_copy(update={"run": run})).lr.lr)
-    monkeypatch.setattr(tune, "SLOPE_SEEDS", 500)
-    monkeypatch.setattr(tune, "SLOPE_BATCHES", 80)
+    monkeypatch.setattr(tune, "SLOPE_SEEDS", 1000)
+    monkeypatch.setattr(tune, "SLOPE_BATCHES", 30)
     exact = measured(Valley(1e-6), chosen).lr.lr
     assert all(exact / 3 < rate < exact * 3 for rate in rates), (rates, exact)
 
