@@ -2,6 +2,7 @@
 
   python launch.py train configs/demo.yaml                    start a run
   python launch.py train configs/demo.yaml run.steps=100      ... with a key of the recipe changed
+  python launch.py tune configs/demo.yaml                     propose eps and lr before training
   python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
   python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
   python launch.py eval configs/demo.yaml task.demonstrations=8 --calibrated --out in_context.jsonl
@@ -45,6 +46,8 @@ def main() -> int:
             runs.train(run)
         elif arguments.command == "export":
             runs.export(run, arguments.folder, arguments.at)
+        elif arguments.command == "tune":
+            runs.tune(run, arguments.out or run.folder.with_name(f"{run.folder.name}-tune"))
         else:
             runs.evaluate(
                 run,
@@ -131,6 +134,16 @@ def _parse() -> argparse.Namespace:
     train.add_argument("source", nargs="?", metavar="CONFIG", help="such as configs/demo.yaml")
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
+    tune = commands.add_parser(
+        "tune",
+        help="propose eps and lr from measurements",
+        description="Measure on the recipe's own rows, before any training, the loss's noise, its "
+        "change over eps, its slopes and its curvature; propose eps and lr, with reasons. Some 170 "
+        "probes. Writes tune.json and tune.html.",
+    )
+    tune.add_argument("source", metavar="CONFIG")
+    tune.add_argument("overrides", nargs="*", metavar="section.key=value")
+    tune.add_argument("--out", type=Path, metavar="DIR", help="by default runs/NAME-TIME-tune")
     evaluate = commands.add_parser(
         "eval",
         help="score the held-out examples",

@@ -5,6 +5,7 @@ text is set in the page's font, and each colour is one of the page's CSS variabl
 """
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,6 +146,22 @@ def stacked_shares(name: str, parts: Mapping[str, Points]) -> str:
     return svg.text
 
 
+def logarithmic(name: str, lines: Mapping[str, Points], marked: float) -> str:
+    """Lines on logarithmic axes, with a dashed mark; what is not above 0 is left out."""
+    with _figure(name) as (axes, svg):
+        axes.set_xscale("log")
+        axes.set_yscale("log", nonpositive="mask")
+        axes.minorticks_off()
+        axes.axvline(marked, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        for colour, points in zip(itertools.cycle(SERIES), lines.values(), strict=False):
+            values = np.where(points.values > 0, points.values, math.nan)
+            axes.plot(points.steps, values, color=colour, linewidth=1.6, marker="o", markersize=4)
+        # Plain text in the page's font, where powers would be set in one of matplotlib's own.
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    return svg.text
+
+
 # -------------------------------------------------------------------- parts
 
 
@@ -221,5 +238,5 @@ def _running_mean(values: Numbers) -> Numbers:
 
 
 def legend(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Names and their colours in `stacked_shares`, as CSS."""
+    """Names and their colours where several are drawn, as CSS."""
     return [(name, VARIABLES[SERIES[i % len(SERIES)]]) for i, name in enumerate(names)]

@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(ge=1, strict=True)]
 NonNegative = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 class ConfigError(ValueError):
@@ -131,11 +132,17 @@ class Estimator(Section):
     """Perturbations a step."""
     batch_size: Positive = 16
     """Training examples a step; all probes of a step score the same ones."""
+    seeds_schedule: Schedule = "constant"
+    """How perturbations a step go from `num_seeds` to `num_seeds_final` over the run."""
+    num_seeds_final: Annotated[int, Field(ge=1, le=64, strict=True)] | None = None
     eps: PositiveFloat = 1e-3
     """Size of a perturbation."""
+    eps_schedule: Schedule = "constant"
+    """How that goes from `eps` to `eps_final` over the run."""
+    eps_final: PositiveFloat | None = None
     lr: PositiveFloat = 1e-6
     """Learning rate at its peak."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup_steps: NonNegative = 0
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled: a step multiplies the weights by 1 - lr * weight_decay."""
@@ -149,8 +156,21 @@ class Estimator(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.kind in ("fzoo", "es") and self.num_seeds == 1:
-            raise ValueError(f"num_seeds: 1: estimator.kind={self.kind} compares at least 2")
+        for key, value in (
+            ("num_seeds", self.num_seeds),
+            ("num_seeds_final", self.num_seeds_final),
+        ):
+            if self.kind in ("fzoo", "es") and value == 1:
+                raise ValueError(f"{key}: 1: estimator.kind={self.kind} compares at least 2")
+        for key, kind in (("eps", "eps_schedule"), ("num_seeds", "seeds_schedule")):
+            schedule, final = getattr(self, kind), getattr(self, f"{key}_final")
+            if schedule == "constant" and final is not None:
+                raise ValueError(
+                    f"{key}_final: {final} is never reached with {kind}=constant; choose linear "
+                    "or cosine"
+                )
+            if schedule != "constant" and final is None:
+                raise ValueError(f"{key}_final: missing; {kind}={schedule} has to end somewhere")
         if self.shaping != "none" and self.kind != "es":
             raise ValueError(f"shaping: is of no use to estimator.kind={self.kind}; leave it out")
         if self.second_moment is not None and (self.kind == "fzoo" or self.shaping != "none"):

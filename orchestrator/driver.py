@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from orchestrator import estimator
+from orchestrator import estimator, noise_floor
 from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.evaluate import measured, scores_of
@@ -40,6 +40,7 @@ class Driver:
         self._batches = batches
         self._num_held_out: dict[Split, int] = {"test": num_test, "dev": num_dev}
         self._past = estimator.NO_PAST
+        self._loss_noise: float | None = None
         for record in ledger.records:
             self._take(record)
             if record.step + 1 == ledger.header.config_since:  # earlier steps had other settings
@@ -47,8 +48,11 @@ class Driver:
 
     def train(self) -> None:
         """All steps that are missing, with looks at dev rows, or else test rows, on the way."""
-        run = self._config.run
-        for step in range(self._ledger.next_step, run.steps):
+        run, first = self._config.run, self._ledger.next_step
+        if first < run.steps:
+            examples = self._batches.of(first)
+            self._loss_noise = noise_floor.measure(self._config, self._fleet, first, examples)
+        for step in range(first, run.steps):
             self.step(step)
             done = step + 1
             if run.check_every and done % run.check_every == 0:
@@ -59,7 +63,8 @@ class Driver:
     def step(self, step: int) -> None:
         """Plan, evaluate, estimate, write down, apply."""
         started = time.monotonic()
-        settings, run = self._config.estimator, self._config.run
+        run = self._config.run
+        settings = estimator.at_step(self._config.estimator, step, run.steps)
         examples = self._batches.of(step)
         seeds = estimator.seeds(run.seed, step, settings.num_seeds)
         probes = estimator.probes(settings, step, seeds, examples)
@@ -81,15 +86,19 @@ class Driver:
         self._ledger.append(record)
         self._take(record)
 
-        metrics = _metrics(record, estimate, losses, time.monotonic() - started)
+        signal = noise_floor.signal_to_noise(settings, estimate.losses, self._loss_noise)
+        metrics = _metrics(record, estimate, losses, signal, time.monotonic() - started)
         for observer in self._observers:
             observer.step(metrics)
 
     def _take(self, record: StepRecord) -> None:
         """Bring the fleet, and what the next step builds on, past a step that is written down."""
         self._fleet.apply(record.update())
+        settings = self._config.estimator
+        if record.eps != settings.eps:  # as scheduled
+            settings = settings.model_copy(update={"eps": record.eps})
         self._past = estimator.follow(
-            self._config.estimator, self._past, record.seeds, record.losses, record.coefficients
+            settings, self._past, record.seeds, record.losses, record.coefficients
         )
 
     def evaluate(
@@ -143,6 +152,7 @@ def _metrics(
     record: StepRecord,
     estimate: estimator.Estimate,
     losses: Sequence[ProbeLoss],
+    signal_to_noise: float | None,
     seconds: float,
 ) -> StepMetrics:
     finite = [value for pair in record.losses for value in pair if value is not None]
@@ -156,6 +166,7 @@ def _metrics(
         num_probes=len(losses),
         num_tokens=sum(loss.num_tokens for loss in losses),
         seconds=seconds,
+        signal_to_noise=signal_to_noise,
     )
 
 

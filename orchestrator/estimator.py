@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator import noise
-from orchestrator.config import Estimator
+from orchestrator.config import Estimator, Schedule
 from orchestrator.gradients import SeedLosses, gradients
 from orchestrator.records import Probe, ProbeLoss
 
@@ -128,10 +128,36 @@ def follow(
 
 def num_summed_steps(estimator: Estimator) -> int:
     """How many steps' pairs an update adds up, its own among them."""
-    number, limit = 1, MAX_PAIRS // estimator.num_seeds
+    number, limit = 1, MAX_PAIRS // max(estimator.num_seeds, estimator.num_seeds_final or 0)
     while number < limit and estimator.momentum**number >= SMALLEST_SHARE:
         number += 1
     return number
+
+
+def at_step(estimator: Estimator, step: int, steps: int) -> Estimator:
+    """The settings of a step (0-based) of a run of `steps`: eps and seeds as scheduled then.
+
+    The first step has the settings' own values, the last one the final values.
+    """
+    progress = step / max(1, steps - 1)
+    values: dict[str, float] = {}
+    if estimator.eps_final is not None:
+        share = _share(estimator.eps_schedule, progress)
+        values["eps"] = share * estimator.eps + (1 - share) * estimator.eps_final
+    if estimator.num_seeds_final is not None:
+        share = _share(estimator.seeds_schedule, progress)
+        number = share * estimator.num_seeds + (1 - share) * estimator.num_seeds_final
+        values["num_seeds"] = math.floor(number + 0.5)
+    return estimator.model_copy(update=values) if values else estimator
+
+
+def _share(schedule: Schedule, progress: float) -> float:
+    """What a schedule leaves of its first value at a progress of 0 to 1."""
+    if schedule == "linear":
+        return 1 - progress
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
 
 
 def learning_rate(estimator: Estimator, step: int, steps: int) -> float:
@@ -139,11 +165,7 @@ def learning_rate(estimator: Estimator, step: int, steps: int) -> float:
     if step < estimator.warmup_steps:
         return estimator.lr * (step + 1) / estimator.warmup_steps
     progress = (step - estimator.warmup_steps) / max(1, steps - estimator.warmup_steps)
-    if estimator.schedule == "linear":
-        return estimator.lr * (1 - progress)
-    if estimator.schedule == "cosine":
-        return estimator.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return estimator.lr
+    return estimator.lr * _share(estimator.schedule, progress)
 
 
 def float32(value: float) -> float:

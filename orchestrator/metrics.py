@@ -36,6 +36,13 @@ class StepMetrics:
     num_probes: int
     num_tokens: int
     seconds: float
+    signal_to_noise: float | None = None
+    """Of the step's slopes, against the loss's own noise (`noise_floor`): below 1 the step is
+    mostly noise. None where it is not known."""
+
+    @property
+    def is_below_floor(self) -> bool:
+        return self.signal_to_noise is not None and self.signal_to_noise < 1
 
 
 Interval = tuple[float, float]
@@ -104,16 +111,16 @@ class Records:
         self._events = EventFileWriter(str(folder))
 
     def step(self, metrics: StepMetrics) -> None:
-        self._write("step", asdict(metrics))
-        self._draw(
-            metrics.step,
-            {
-                "train/loss": metrics.loss,
-                "train/projected_gradient": metrics.gradient,
-                "train/lr": metrics.lr,
-                "speed/probes_per_s": metrics.num_probes / metrics.seconds,
-            },
-        )
+        self._write("step", {**asdict(metrics), "below_floor": metrics.is_below_floor})
+        values = {
+            "train/loss": metrics.loss,
+            "train/projected_gradient": metrics.gradient,
+            "train/lr": metrics.lr,
+            "speed/probes_per_s": metrics.num_probes / metrics.seconds,
+        }
+        if metrics.signal_to_noise is not None:
+            values["train/signal_to_noise"] = metrics.signal_to_noise
+        self._draw(metrics.step, values)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         is_test = evaluation.split == "test"

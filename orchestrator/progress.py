@@ -4,6 +4,7 @@ Knows metrics; knows nothing of where they come from.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.text import Text
 from orchestrator.metrics import Evaluation, Interval, StepMetrics, Summary
 
 PLAIN_LINE_EVERY_S = 10.0
+WATCHED_STEPS, MOST_BELOW_FLOOR = 20, 14  # one step's signal-to-noise says little
 
 
 class _StepsPerSecond(ProgressColumn):
@@ -45,6 +47,8 @@ class Display:
         )
         self._last_plain = 0.0
         self._accuracy = "-"
+        self._below_floor: deque[bool] = deque(maxlen=WATCHED_STEPS)
+        self._has_warned = False
 
     def say(self, text: str) -> None:
         """One line about what is going on; shown at once."""
@@ -67,6 +71,14 @@ class Display:
         self._progress.update(self._bar, completed=done, loss=loss, gradient=gradient)
         if metrics.num_dropped:
             self.say(f"step {done}: dropped {metrics.num_dropped} seeds whose loss was not finite")
+        self._below_floor.append(metrics.is_below_floor)
+        if sum(self._below_floor) > MOST_BELOW_FLOOR and not self._has_warned:
+            self._has_warned = True
+            self.say(
+                f"step {done}: in {sum(self._below_floor)} of the last {len(self._below_floor)} "
+                "steps losses differed by little more than a repeated loss does; raise "
+                "estimator.eps or the precision of model.dtype (launch.py tune proposes an eps)"
+            )
         if self._console.is_terminal:
             return
         now = time.monotonic()

@@ -238,7 +238,8 @@ def _course(history: History) -> str:
         latest = f"last {rate.values[-1]:,.3g}" if what == "probes" else f"{rate.values[-1]:,.0f}"
         figures.append(_figure(f"{what.capitalize()} a second", latest, svg))
     draw("num_dropped", "Dropped losses", ".0f", "seeds whose loss was not finite", from_zero=True)
-    draw("signal_to_noise", "Signal to noise of g", ".3g", smooth=True, from_zero=True)
+    note = f"below 1, and so mostly noise: {history.total('below_floor'):,.0f} steps"
+    draw("signal_to_noise", "Signal to noise of g", ".3g", note, smooth=True, from_zero=True)
     draw("kv_reuse", "KV reuse", ".2f", "share of tokens found in the cache", from_zero=True)
     replicas = {name: points for name, points in columns.items() if name.startswith(SHARE)}
     if replicas:

@@ -286,6 +286,30 @@ def export(run: Run, folder: Path, at: At | None = None) -> None:
     display.say(f"what {num_steps} steps have trained: {folder}")
 
 
+def tune(run: Run, folder: Path) -> None:
+    """Measure before any training, and propose eps and lr: told, and written into `folder`."""
+    from orchestrator import tune as tuning  # imports matplotlib
+    from orchestrator import tune_page
+
+    folder = folder.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {folder}: cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out: {folder}: cannot be written to")
+    log = folder / metrics.LOG_FILE
+    output.divert(log)
+    display = Display(output.terminal(), run.config.run.steps)
+    batches = Batches(run.config, len(run.data.train))
+    with _started_fleet(run, log, display.say) as (fleet, _):
+        proposal = tuning.measure(run.config, fleet, batches, display.say)
+    page = tune_page.write(folder, run.config, proposal)
+    for line in tuning.lines(run.config.estimator, proposal):
+        display.say(line)
+    display.say(f"drawn: {page}")
+
+
 def fork(run: Run, parent: Path, step: int) -> None:
     """Make the run's folder, with the first `step` steps of the run in `parent`."""
     ledger = parent / metrics.LEDGER_FILE

@@ -53,6 +53,11 @@ REFUSALS = {
     "task.train.file=x": "task.train.file: unknown key; did you mean task.train",
     "estimator.num_seeds=0": "estimator.num_seeds: 0 is not accepted: input should be greater",
     "estimator={kind: fzoo}": "estimator.num_seeds: 1: estimator.kind=fzoo compares at least 2",
+    "estimator={kind: es, num_seeds: 4, seeds_schedule: linear, num_seeds_final: 1}": (
+        "num_seeds_final: 1: estimator.kind=es compares"
+    ),
+    "estimator.eps_final=1e-4": "estimator.eps_final: 0.0001 is never reached with eps_schedule=",
+    "estimator.seeds_schedule=cosine": "estimator.num_seeds_final: missing; seeds_schedule=cosine",
     "estimator={kind: es}": "estimator.num_seeds: 1: estimator.kind=es compares at least 2",
     "estimator.shaping=rank": "estimator.shaping: is of no use to estimator.kind=one_sided",
     "estimator={kind: fzoo, num_seeds: 4, second_moment: 0.9}": "estimator.second_moment: 0.9: the",

@@ -102,6 +102,15 @@ def train(
         {"kind": "es", "second_moment": 0.9, "momentum": 0.9},
         {"kind": "es", "shaping": "rank", "momentum": 0.9},
         {"kind": "es", "shaping": "z_score"},
+        {
+            "kind": "es",
+            "second_moment": 0.9,
+            "momentum": 0.9,
+            "eps_schedule": "cosine",
+            "eps_final": 1e-2,
+            "seeds_schedule": "linear",
+            "num_seeds_final": 9,
+        },
     ],
 )
 def test_a_resumed_run_writes_the_same_ledger(
@@ -120,6 +129,20 @@ def test_a_resumed_run_writes_the_same_ledger(
     for record in Ledger.read(cut)[1]:
         replayed.apply(record.update())
     np.testing.assert_array_equal(replayed.weights, weights)
+
+
+def test_the_ledger_holds_scheduled_eps_and_seeds_and_g_is_over_them(tmp_path: Path) -> None:
+    scheduled = {"eps_schedule": "linear", "eps_final": 1e-2, "num_seeds_final": 1}
+    chosen = config(num_seeds=12, seeds_schedule="linear", **scheduled)
+    records = train(chosen, tmp_path / "ledger.jsonl")[0].records
+    assert [record.eps for record in records] == pytest.approx(np.linspace(1e-3, 1e-2, STEPS))
+    assert [len(record.seeds) for record in records] == list(range(12, 0, -1))
+    for record in records:
+        num_kept = len(record.seeds) - len(record.dropped)
+        for pair, coefficient in zip(record.losses, record.coefficients, strict=True):
+            if coefficient is not None and pair[0] is not None and pair[1] is not None:
+                gradient = (pair[0] - pair[1]) / (2 * record.eps)
+                assert coefficient == pytest.approx(-1e-3 / num_kept * gradient)
 
 
 @pytest.mark.parametrize("at", [1, 6, 11])

@@ -229,6 +229,28 @@ def test_schedules() -> None:
     assert warm[-1] == pytest.approx(1 / 8)
 
 
+def test_schedules_of_eps_and_seeds() -> None:
+    def values(kind: str, steps: int = 11) -> list[tuple[float, int]]:
+        chosen = settings(
+            num_seeds=4, eps_schedule=kind, eps_final=0.001, seeds_schedule=kind, num_seeds_final=16
+        )
+        at_steps = [estimator.at_step(chosen, step, steps) for step in range(steps)]
+        return [(now.eps, now.num_seeds) for now in at_steps]
+
+    for kind, shares in {
+        "linear": np.linspace(1, 0, 11),
+        "cosine": (1 + np.cos(np.pi * np.linspace(0, 1, 11))) / 2,
+    }.items():
+        assert [eps for eps, _ in values(kind)] == pytest.approx(0.001 + shares * 0.009)
+        expected = [math.floor(16 - share * 12 + 0.5) for share in shares]
+        assert [number for _, number in values(kind)] == expected
+        assert values(kind)[0] == (0.01, 4) and values(kind)[-1] == (0.001, 16)
+        assert values(kind, steps=1) == [(0.01, 4)]
+    assert estimator.at_step(settings(), 5, 11) == settings()
+    falling = settings(momentum=0.99, num_seeds=4, seeds_schedule="linear", num_seeds_final=64)
+    assert estimator.num_summed_steps(falling) == 4
+
+
 def test_option_cross_entropy() -> None:
     scores = [-1.0, -3.0, -2.0]
     shares = np.exp(scores) / np.exp(scores).sum()

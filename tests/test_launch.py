@@ -15,6 +15,8 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.config import load
+
 ROOT = Path(__file__).parent.parent
 DONE, MISTAKE = 0, 2
 
@@ -436,3 +438,32 @@ def test_eval_in_context_tells_what_was_computed(recipe_path: Path, tmp_path: Pa
     assert "base model, 6 demonstrations: calibrated accuracy" in done.stdout
     computed, asked = re.findall(r"([\d,]+) of ([\d,]+) tokens computed", done.stdout)[0]
     assert int(computed.replace(",", "")) < int(asked.replace(",", "")) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "lora"])
+def test_tune_proposes_before_any_training(kind: str, recipe_path: Path, tmp_path: Path) -> None:
+    """What it proposes is what the run can be started with, and stands in all it leaves."""
+    out = tmp_path / "tuned"
+    done = launch("tune", recipe_path, f"space.kind={kind}", "--out", out)
+    assert done.returncode == DONE, done.stdout + done.stderr
+    figures = json.loads((out / "tune.json").read_text())
+    overrides = figures["overrides"]
+    assert [text.partition("=")[0] for text in overrides] == ["estimator.eps", "estimator.lr"]
+    assert " ".join(overrides) in done.stdout
+    chosen = figures["eps"]
+    assert chosen["is_linear"] and chosen["low"] <= chosen["eps"] <= chosen["high"]
+    (row,) = [row for row in figures["curve"] if row["eps"] == chosen["eps"]]
+    assert row["difference"] > 10 * chosen["noise"] > 0
+    assert len(row["plus"]) == len(row["minus"]) == 4
+    page = (out / "tune.html").read_text()
+    assert page.count("<svg") == 4 and " ".join(overrides) in page
+    assert not (out / "ledger.jsonl").exists()
+    config = load(recipe_path, overrides)
+    assert config.estimator.eps == chosen["eps"] and config.estimator.lr == figures["lr"]["lr"]
+
+
+def test_tune_says_where_it_cannot_write(recipe_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = mistake("tune", recipe_path, "--out", tmp_path / "file" / "folder")
+    assert "--out:" in line and "cannot be made" in line

@@ -15,7 +15,7 @@ LAYERS = [
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
-    | {"prefix_slots", "score_attention", "encoder", "report", "inspection"},
+    | {"prefix_slots", "score_attention", "encoder", "report", "inspection", "noise_floor"},
     {"score_graphs", "pools"},
     {"generation"},
     {"engine", "sglang_models", "export"},
@@ -25,7 +25,8 @@ LAYERS = [
     {"spaces"},
     {"replica"},
     {"actors", "local"},
-    {"driver"},
+    {"driver", "tune"},
+    {"tune_page"},
     {"runs"},
 ]
 # Packages that only some modules may know.

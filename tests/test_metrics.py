@@ -100,3 +100,23 @@ def test_looks_at_dev_rows_are_told_apart_and_choose_the_best(tmp_path: Path) ->
     events = EventAccumulator(str(tmp_path)).Reload()
     assert len(events.Scalars("dev/f1")) == len(dev)
     assert len(events.Scalars("held_out/f1")) == 1
+
+
+def test_steps_that_stay_below_the_floor_are_flagged_and_told_once(tmp_path: Path) -> None:
+    terminal, records = io.StringIO(), Records(tmp_path)
+    display = Display(terminal, num_steps=100)
+    for step in range(60):
+        signal = None if step < 10 else 0.5 if step < 20 or step % 5 else 2.0
+        metrics = replace(STEPS[0], step=step, signal_to_noise=signal)
+        display.step(metrics)
+        records.step(metrics)
+        # Four in five of those from step 20 on, all of the ten before: the 15th is step 26.
+        assert ("estimator.eps" in terminal.getvalue()) == (step >= 26)
+    assert terminal.getvalue().count("estimator.eps") == 1
+    assert "step 27: in 15 of the last 20 steps" in terminal.getvalue()
+    records.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [lines[step]["signal_to_noise"] for step in (0, 10, 20)] == [None, 0.5, 2.0]
+    assert [lines[step]["below_floor"] for step in (0, 10, 20)] == [False, True, False]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert len(events.Scalars("train/signal_to_noise")) == 50
