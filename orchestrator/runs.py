@@ -256,9 +256,7 @@ def fork(run: Run, parent: Path, step: int) -> None:
     except OSError as error:
         raise ConfigError(f"{run.folder}: cannot be made: {error.strerror}") from None
     data_hash = run.data.fingerprint()
-    _write_config(run)
     metrics.fork(parent, run.folder, step, same_data=data_hash == header.data_hash)
-    # Last, since a folder with a ledger is a run that can go on.
     Ledger.fork(
         ledger,
         run.ledger_path,
@@ -266,6 +264,7 @@ def fork(run: Run, parent: Path, step: int) -> None:
         config_hash=run.config.identity(),
         data_hash=data_hash,
     )
+    _write_config(run)  # last: a folder with a recipe is a run, which without a ledger is a new one
 
 
 def report(folder: Path) -> Path:

@@ -1,0 +1,79 @@
+"""Run folders: what reopening and forking one may change, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import write_rows
+
+from orchestrator import metrics, runs
+from orchestrator.config import ConfigError, load
+from orchestrator.metrics import Evaluation, Records, StepMetrics
+from orchestrator.runs import Run
+from orchestrator.seed_sync import Header, Ledger, StepRecord
+
+NUM_STEPS = 6
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    """The folder of a finished run, but for its summary."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    recipe: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "estimator": {"num_seeds": 1},
+        "task": {
+            "preset": "sst2",
+            "train": {"path": str(write_rows(tmp_path / "train.jsonl", 20))},
+            "holdout": 8,
+        },
+        "run": {"steps": NUM_STEPS},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = runs.choose(tmp_path / "recipe.yaml", [f"run.dir={tmp_path / 'parent'}"])
+    run.folder.mkdir()
+    (run.folder / "config.yaml").write_text(run.config.dump())
+    header = Header(1, 1, "tiny", "aa", run.config.identity(), run.data.fingerprint(), ())
+    records = Records(run.folder)
+    records.evaluation(Evaluation(0, 0.5, 8, 1.0))
+    with Ledger.create(run.ledger_path, header) as ledger:
+        for step in range(NUM_STEPS):
+            ledger.append(StepRecord(step, (step,), ((0.1, 0.2),), (0.5,), 1.0, 1e-3, 1e-6, "ab"))
+            records.step(StepMetrics(step, 0.1, 2.0, 1e-6, 0, 2, 100, 0.5))
+    records.close()
+    return run.folder
+
+
+def branched(parent: Path, *overrides: str) -> Run:
+    return runs.branch(parent, parent.with_name("fork"), [*overrides, "run.steps=9"])
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("part", ["metrics.fork", "Ledger.fork", "_write_config"])
+def test_a_fork_that_stopped_half_way_is_no_run(
+    part: str, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise Stopped
+
+    run = branched(parent)
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(f"orchestrator.runs.{part}", stop)
+        runs.fork(run, parent, 3)
+    with pytest.raises(ConfigError, match=r"no run folder, it holds no config\.yaml"):
+        runs.reopen(run.folder)
+
+
+def test_a_fork_can_be_reopened(parent: Path) -> None:
+    run = branched(parent, "estimator.lr=5e-4")
+    runs.fork(run, parent, 3)
+    assert runs.reopen(run.folder) == run
+    assert len(Ledger.read(run.ledger_path)[1]) == 3
+    assert load(run.folder / "config.yaml") == run.config
+    assert metrics.baseline(run.folder) == 0.5
