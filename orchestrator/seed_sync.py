@@ -30,6 +30,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, get_args, get_origin, overload
 
@@ -71,9 +72,15 @@ class Header:
     @property
     def config_since(self) -> int:
         """The step from which on `config_hash` holds; earlier ones were taken under another."""
-        others = [step for step, config, _, _ in self.forked_from if config != self.config_hash]
-        # A fork may begin before its parent's own steps do.
-        return min(others[-1], self.forked_from[-1][0]) if others else 0
+        ancestors = [(0, ""), *((step, config) for step, config, *_ in self.forked_from)]
+        kept = ancestors[-1][0]
+        # From the latest back: of the steps that an ancestor took itself, those are still here
+        # that no later fork went back behind.
+        for (began, _), (ended, config) in reversed(list(pairwise(ancestors))):
+            kept = min(kept, ended)
+            if config != self.config_hash and began < kept:
+                return kept
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

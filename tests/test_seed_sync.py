@@ -511,6 +511,39 @@ def test_a_header_tells_since_when_its_config_holds(path: Path) -> None:
     assert Ledger.read(fork(child, 5, "third"))[0].config_since == 5
 
 
+def forked(config: str, *forks: tuple[int, str]) -> Header:
+    ancestors = tuple((step, ancestor, "cc", "dd") for step, ancestor in forks)
+    return replace(HEADER, config_hash=config, forked_from=ancestors)
+
+
+@pytest.mark.parametrize(
+    ("since", "header"),
+    [
+        (0, forked("X", (10, "X"), (5, "Y"))),  # of Y nothing is left
+        (3, forked("Y", (3, "X"), (7, "Y"), (5, "X"))),
+        (5, forked("Y", (7, "X"), (5, "Y"), (9, "Y"))),
+        (9, forked("X", (7, "X"), (9, "Y"))),
+    ],
+)
+def test_forks_of_forks_tell_since_when_their_config_holds(since: int, header: Header) -> None:
+    assert header.config_since == since
+
+
+def test_a_config_holds_since_the_last_step_under_another_whatever_was_forked() -> None:
+    draw = random.Random(1)
+    for _ in range(2000):
+        taken_under: list[str] = []  # per step of the ledger, the config that took it
+        forks = []
+        for _ in range(draw.randint(0, 6)):
+            config = draw.choice("XYZ")
+            taken_under += config * draw.randint(0, 5)
+            forks.append((draw.randint(0, len(taken_under)), config))
+            del taken_under[forks[-1][0] :]
+        others = [step for step, config in enumerate(taken_under) if config != "X"]
+        since = others[-1] + 1 if others else 0
+        assert forked("X", *forks).config_since == since, forks
+
+
 def test_no_fork_is_made_of_what_is_damaged_or_over_what_is_there(path: Path) -> None:
     whole = write(path, steps(3))
     with pytest.raises(ValueError, match="step 4 is not among the 3 steps"):
