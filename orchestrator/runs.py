@@ -7,7 +7,7 @@ algorithm: the driver has that.
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,13 +78,14 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
     path = folder / metrics.CONFIG_FILE
     if not path.is_file():
         raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
-    recorded = load(path).identity()
-    if load(path, overrides).identity() != recorded:
-        deciding = [each for each in overrides if load(path, [each]).identity() != recorded]
+    culprit = _culprit(path, overrides, Config.identity)
+    if culprit is not None:
         raise ConfigError(
-            f"{(deciding or overrides)[0]}: the run in {folder} has steps that depend on this "
-            "key; what may change is model.path, model.device, space.init, task.train, task.test, "
-            "fleet.kind, fleet.num_replicas, run.eval_every, run.eval_examples and run.check_every"
+            f"{culprit}: the run in {folder} has steps that depend on this key; what may change is "
+            "model.path, model.device, space.init, task.train, task.test, task.label_names, "
+            "task.unconditional, fleet.kind, fleet.num_replicas, run.eval_every, "
+            "run.eval_examples, run.check_every and, with model.score_graphs=false, space.master "
+            "between float32 and host"
         )
     run = _checked(load(path, overrides), folder)
     if run.ledger_path.exists():
@@ -102,14 +103,25 @@ def branch(folder: Path, new_folder: Path, overrides: Sequence[str]) -> Run:
         raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
     if new_folder.exists():
         raise ConfigError(f"{new_folder}: exists already; name a folder that is to be made")
-    parent = load(path)
-    for override in overrides:
-        if _meaning(load(path, [override])) != _meaning(parent):
-            raise ConfigError(
-                f"{override}: the steps that a fork takes over depend on this key; space (but for "
-                "space.slots), estimator.noise and, unless space.kind is dense, run.seed must stay"
-            )
+    culprit = _culprit(path, overrides, _meaning)
+    if culprit is not None:
+        raise ConfigError(
+            f"{culprit}: the steps that a fork takes over depend on this key; space (but for "
+            "space.slots), estimator.noise and, unless space.kind is dense, run.seed must stay"
+        )
     return _checked(load(path, overrides), new_folder)
+
+
+def _culprit(path: Path, overrides: Sequence[str], kept: Callable[[Config], object]) -> str | None:
+    """The override that changes what is to be kept of a recipe; None if together they keep it."""
+    recorded = kept(load(path))
+    if kept(load(path, overrides)) == recorded:
+        return None
+    for override in overrides:
+        with suppress(ConfigError):  # some are valid only together
+            if kept(load(path, [override])) != recorded:
+                return override
+    return " ".join(overrides)
 
 
 def _meaning(config: Config) -> tuple[object, ...]:

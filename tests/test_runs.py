@@ -77,3 +77,24 @@ def test_a_fork_can_be_reopened(parent: Path) -> None:
     assert len(Ledger.read(run.ledger_path)[1]) == 3
     assert load(run.folder / "config.yaml") == run.config
     assert metrics.baseline(run.folder) == 0.5
+
+
+def test_overrides_may_be_valid_only_together(parent: Path) -> None:
+    pair = ["estimator.kind=fzoo", "estimator.num_seeds=8"]
+    for order in (pair, pair[::-1]):
+        assert branched(parent, *order).config.estimator.num_seeds == 8
+        with pytest.raises(ConfigError, match=r"^estimator\.num_seeds=8: the run in .* depend on"):
+            runs.reopen(parent, order)
+    with pytest.raises(ConfigError, match=r"^space\.master=bfloat16: the steps that a fork takes"):
+        branched(parent, *pair, "space.master=bfloat16")
+    with pytest.raises(ConfigError, match="num_seeds: 1: estimator.kind=fzoo compares"):
+        branched(parent, pair[0])
+
+
+def test_what_may_change_when_a_run_is_reopened_is_told(parent: Path) -> None:
+    allowed = ["task.label_names=[bad, good]", "task.unconditional='So: {option}'"]
+    runs.reopen(parent, allowed)
+    with pytest.raises(ConfigError) as caught:
+        runs.reopen(parent, ["run.seed=1"])
+    for key in ("task.label_names", "task.unconditional", "space.master", "fleet.num_replicas"):
+        assert key in str(caught.value)
