@@ -107,7 +107,8 @@ def branch(folder: Path, new_folder: Path, overrides: Sequence[str]) -> Run:
     if culprit is not None:
         raise ConfigError(
             f"{culprit}: the steps that a fork takes over depend on this key; space (but for "
-            "space.slots), estimator.noise and, unless space.kind is dense, run.seed must stay"
+            "space.slots, and space.master between float32 and host), estimator.noise and, unless "
+            "space.kind is dense, run.seed must stay"
         )
     return _checked(load(path, overrides), new_folder)
 
@@ -127,6 +128,8 @@ def _culprit(path: Path, overrides: Sequence[str], kept: Callable[[Config], obje
 def _meaning(config: Config) -> tuple[object, ...]:
     """What a ledger's seeds and coefficients lead to depends on these keys, and no others."""
     space = config.space.model_dump(mode="json", exclude={"slots", "init"})
+    if space["master"] == "host":  # the bits are those of float32
+        space["master"] = "float32"
     drawn_from = None if config.space.kind == "dense" else config.run.seed
     return space, config.estimator.noise, drawn_from
 

@@ -91,6 +91,13 @@ def test_overrides_may_be_valid_only_together(parent: Path) -> None:
         branched(parent, pair[0])
 
 
+def test_a_fork_may_move_its_master_to_the_host_and_back(parent: Path) -> None:
+    run = branched(parent, "space.master=host")
+    runs.fork(run, parent, 3)
+    back = runs.branch(run.folder, parent.with_name("back"), ["space.master=float32"])
+    assert back.config.space.master == "float32"
+
+
 def test_what_may_change_when_a_run_is_reopened_is_told(parent: Path) -> None:
     allowed = ["task.label_names=[bad, good]", "task.unconditional='So: {option}'"]
     runs.reopen(parent, allowed)
