@@ -22,7 +22,7 @@ from orchestrator.metrics import Records, StepMetrics, Summary
 from orchestrator.noise import NOISE_VERSION
 from orchestrator.progress import Display
 from orchestrator.records import Fleet, ReplicaInfo
-from orchestrator.seed_sync import LEDGER_FORMAT, Header, Ledger
+from orchestrator.seed_sync import LEDGER_FORMAT, Header, Ledger, same_data
 from orchestrator.tasks import TaskData
 
 RUNS_FOLDER = Path("runs")
@@ -271,7 +271,9 @@ def fork(run: Run, parent: Path, step: int) -> None:
     except OSError as error:
         raise ConfigError(f"{run.folder}: cannot be made: {error.strerror}") from None
     data_hash = run.data.fingerprint()
-    metrics.fork(parent, run.folder, step, same_data=data_hash == header.data_hash)
+    same_task = load(parent / metrics.CONFIG_FILE).task == run.config.task
+    same_looks = same_task and same_data(header.data_hash, data_hash)
+    metrics.fork(parent, run.folder, step, same_data=same_looks)
     Ledger.fork(
         ledger,
         run.ledger_path,

@@ -1,5 +1,6 @@
 """Run folders: what reopening and forking one may change, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,25 @@ def test_what_may_change_when_a_run_is_reopened_is_told(parent: Path) -> None:
         runs.reopen(parent, ["run.seed=1"])
     for key in ("task.label_names", "task.unconditional", "space.master", "fleet.num_replicas"):
         assert key in str(caught.value)
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["", "ledger without the splits' sizes"])
+@pytest.mark.parametrize(
+    ("change", "baseline"),
+    [("estimator.lr=5e-4", 0.5), ("task.holdout=7", None), ("task.max_length=9", None)],
+)
+def test_a_fork_takes_over_looks_at_the_same_rows_only(
+    change: str, baseline: float | None, earlier: bool, parent: Path
+) -> None:
+    if earlier:
+        header, records = Ledger.read(parent / "ledger.jsonl")
+        steps = list(records)
+        (parent / "ledger.jsonl").unlink()
+        header = replace(header, data_hash=header.data_hash.partition("-")[0])
+        with Ledger.create(parent / "ledger.jsonl", header) as ledger:
+            for record in steps:
+                ledger.append(record)
+    run = branched(parent, change)
+    runs.fork(run, parent, 3)
+    assert metrics.baseline(run.folder) == baseline
+    assert len(list(metrics.entries(run.folder))) == 3 + (baseline is not None)

@@ -595,6 +595,16 @@ def test_a_ledger_of_another_run_is_refused(
     assert path.read_bytes() == torn, "repaired although it is not ours"
 
 
+def test_an_earlier_ledger_need_not_tell_the_splits_sizes(path: Path) -> None:
+    write(path, steps(2))
+    with Ledger.open(path, replace(HEADER, data_hash="cc-40-0-50")) as ledger:
+        assert ledger.next_step == 2
+    path.unlink()
+    Ledger.create(path, replace(HEADER, data_hash="cc-40-0-50")).close()
+    with pytest.raises(LedgerError, match="belongs to other data: data_hash is cc-40-0-50"):
+        Ledger.open(path, replace(HEADER, data_hash="cc-41-0-49"))
+
+
 def test_a_ledger_in_a_later_format_is_refused_whatever_else_it_holds(path: Path) -> None:
     path.write_bytes(sealed({"format": 2, "news": "good"}))
     assert_refused(path, "line 1", "format 2", "only 1")
