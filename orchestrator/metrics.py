@@ -4,6 +4,7 @@ Owns the run folder's names. Nothing here is needed to resume: the ledger alone 
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -80,9 +81,9 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         path = folder / METRICS_FILE
-        torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+        is_torn = _last_byte(path) not in (b"", b"\n")
         self._metrics = path.open("a", encoding="utf-8")
-        if torn:  # a crash cut the last line short; the next must not become part of it
+        if is_torn:  # a crash cut the last line short; the next must not become part of it
             self._metrics.write("\n")
         self._events = EventFileWriter(str(folder))
 
@@ -103,8 +104,11 @@ class Records:
         self._draw(evaluation.step, {"held_out/accuracy": evaluation.accuracy})
 
     def summary(self, summary: Summary) -> None:
+        """Write it whole or not at all, since a run that has one is finished."""
         text = json.dumps(asdict(summary), indent=2)
-        (self._folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+        unfinished = self._folder / f"{SUMMARY_FILE}.new"
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(self._folder / SUMMARY_FILE)
 
     def close(self) -> None:
         self._metrics.close()
@@ -119,6 +123,15 @@ class Records:
         self._events.add_event(
             Event(wall_time=time.time(), step=step, summary=EventSummary(value=drawn))
         )
+
+
+def _last_byte(path: Path) -> bytes:
+    """Empty where there is none."""
+    if not path.is_file() or not path.stat().st_size:
+        return b""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)
 
 
 def entries(folder: Path) -> Iterator[dict[str, Any]]:
@@ -157,6 +170,9 @@ def baseline(folder: Path) -> float | None:
     return None
 
 
-def read_summary(folder: Path) -> Summary:
-    """What a finished run came to."""
-    return Summary(**json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")))
+def read_summary(folder: Path) -> Summary | None:
+    """What a finished run came to; None for one that has no summary, or none that can be read."""
+    try:
+        return Summary(**json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -79,7 +79,6 @@ def _read(folder: Path) -> Story:
         raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
     ledger = folder / metrics.LEDGER_FILE
     header, records = Ledger.read(ledger) if ledger.exists() else (None, [])
-    finished = (folder / metrics.SUMMARY_FILE).is_file()
     return Story(
         folder=folder,
         config=load(path),
@@ -87,7 +86,7 @@ def _read(folder: Path) -> Story:
         header=header,
         num_steps=len(records),
         ledger_bytes=ledger.stat().st_size if header else 0,
-        summary=metrics.read_summary(folder) if finished else None,
+        summary=metrics.read_summary(folder),
     )
 
 

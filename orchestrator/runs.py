@@ -47,9 +47,9 @@ class Run:
     def log_path(self) -> Path:
         return self.folder / metrics.LOG_FILE
 
-    def is_finished(self) -> bool:
-        """Whether a process took the run to its end, summary and all."""
-        return (self.folder / metrics.SUMMARY_FILE).is_file()
+    def summary(self) -> Summary | None:
+        """What the run came to, once a process took it to its end."""
+        return metrics.read_summary(self.folder)
 
 
 # -------------------------------------------------------------------- folders
@@ -165,10 +165,11 @@ def train(run: Run) -> None:
     """Take the run to its last step; the held-out accuracy before and after goes to the user."""
     steps = run.config.run.steps
     with _locked_folder(run):
-        if run.is_finished():
+        summary = run.summary()
+        if summary is not None:
             display = Display(output.terminal(), steps)
             display.say(f"all {steps} steps are done; nothing is left to do")
-            display.result(metrics.read_summary(run.folder), run.folder)
+            display.result(summary, run.folder)
         else:
             output.divert(run.log_path)
             _train(run, Display(output.terminal(), steps))

@@ -8,7 +8,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from orchestrator.evaluate import accuracy, write_scores
-from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary, baseline
+from orchestrator.metrics import (
+    Evaluation,
+    Records,
+    StepMetrics,
+    Summary,
+    baseline,
+    read_summary,
+)
 from orchestrator.progress import Display
 from orchestrator.records import ExampleScore
 
@@ -53,6 +60,44 @@ def test_a_run_without_a_baseline_has_none(tmp_path: Path) -> None:
     assert baseline(tmp_path) is None
     Records(tmp_path).close()
     assert baseline(tmp_path) is None
+
+
+@pytest.mark.parametrize("torn", ["", '{"steps": 3, "wal', "[]", "{}", "\xff"])
+def test_a_summary_that_cannot_be_read_is_none(torn: str, tmp_path: Path) -> None:
+    assert read_summary(tmp_path) is None
+    records = Records(tmp_path)
+    records.summary(SUMMARY)
+    records.close()
+    assert read_summary(tmp_path) == SUMMARY
+    (tmp_path / "summary.json").write_text(torn, encoding="latin-1")
+    assert read_summary(tmp_path) is None
+
+
+def test_a_summary_is_there_only_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(tmp_path)
+
+    def stop(path: Path, *_: object) -> None:
+        assert json.loads(path.read_text())["digest"] == SUMMARY.digest
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", stop)
+        records.summary(SUMMARY)
+    records.close()
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_lines_go_on_behind_one_that_was_cut_short(tmp_path: Path) -> None:
+    for end in ("", "{}\n", '{"kind": "st'):
+        (tmp_path / "metrics.jsonl").write_text(end)
+        records = Records(tmp_path)
+        records.evaluation(BEFORE)
+        records.close()
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert lines[:-1] == end.splitlines()
+        assert json.loads(lines[-1])["accuracy"] == BEFORE.accuracy
 
 
 def test_plain_output_tells_step_loss_gradient_speed_time_left_and_accuracy() -> None:
