@@ -397,11 +397,13 @@ def _verify(path: Path) -> tuple[Header, Survey]:
 def survey(path: Path, found: Survey) -> None:
     """Look at all lines of a ledger's file, and note in `found` what is whole.
 
+    What another process appends meanwhile is left out.
+
     LedgerError names the line that is damaged, if one is; `found` then tells of those above it.
     OSError if the file cannot be read.
     """
     with path.open("rb", buffering=1 << 20) as file:
-        for number, line, is_last in _numbered(file):
+        for number, line, is_last in _numbered(file, os.fstat(file.fileno()).st_size):
             whole = line.endswith(b"\n") and _unsealed(line[:-1]) is not None
             # Two lines in one are not torn: a line break is damaged.
             if not whole and is_last and b'{"step":' not in line[1:]:
@@ -418,11 +420,12 @@ def survey(path: Path, found: Survey) -> None:
         raise LedgerError(f"{path}: has no whole header, so no steps; delete it and start again")
 
 
-def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
-    """Lines with their numbers from 1, and whether they are the file's last."""
-    number, line = 1, file.readline(LONGEST_LINE)
+def _numbered(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes, bool]]:
+    """Lines of the first `size` bytes with their numbers from 1, and whether they are the last."""
+    number, line = 1, file.readline(min(size, LONGEST_LINE))
     while line:
-        following = file.readline(LONGEST_LINE)
+        size -= len(line)
+        following = file.readline(min(size, LONGEST_LINE))
         yield number, line, not following
         number, line = number + 1, following
 

@@ -24,6 +24,8 @@ from orchestrator.seed_sync import (
     LedgerError,
     LedgerWriteError,
     StepRecord,
+    Survey,
+    survey,
 )
 
 HEADER = Header(
@@ -468,6 +470,26 @@ with Ledger.open(path, HEADER) as ledger:
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     assert 1000 * int(run_python(code, path)) < 5e6 < len(lines)
+
+
+def test_a_ledger_is_read_while_another_process_writes_it(path: Path) -> None:
+    """As it was at first: a line that comes in two parts is no damage."""
+    whole = write(path, steps(4))
+    lines = whole.splitlines(keepends=True)
+    size = len(whole) - len(lines[-1])
+    path.write_bytes(whole[:size])
+    parts = {1: lines[-1][:50], 3: lines[-1][50:]}
+
+    class Written(Survey):
+        def add(self, line_size: int) -> None:
+            super().add(line_size)
+            with path.open("ab") as file:
+                file.write(parts.pop(self.num_steps, b""))
+
+    found = Written()
+    survey(path, found)
+    assert (found.num_steps, found.size, found.torn) == (3, size, 0)
+    assert path.read_bytes() == whole
 
 
 # Forks
