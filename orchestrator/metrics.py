@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +65,14 @@ class Summary:
     num_held_out: int
     digest: str
     versions: dict[str, str]
+
+
+def _required(kind: type[StepMetrics] | type[Evaluation]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind) if field.default is MISSING)
+
+
+NUMBERS = {"step": _required(StepMetrics), "evaluation": _required(Evaluation)}
+"""What every line of a kind holds; later versions may add to it."""
 
 
 class Observer(Protocol):
@@ -135,7 +143,8 @@ def _last_byte(path: Path) -> bytes:
 
 
 def entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl in their order, but for those that a crash cut short.
+    """The lines of metrics.jsonl in their order, but for those that a crash cut short, and those
+    that lack a number of their kind's.
 
     A resumed run may have noted a step or an evaluation twice; the later entry holds.
     """
@@ -148,8 +157,15 @@ def entries(folder: Path) -> Iterator[dict[str, Any]]:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(entry, dict) and "kind" in entry and "step" in entry:
+            if _is_whole(entry):
                 yield entry
+
+
+def _is_whole(entry: object) -> bool:
+    if not isinstance(entry, dict) or "kind" not in entry or type(entry.get("step")) is not int:
+        return False
+    names = NUMBERS.get(str(entry["kind"]), ())
+    return all(type(entry.get(name)) in (int, float) for name in names)
 
 
 def fork(folder: Path, new_folder: Path, step: int, *, same_data: bool) -> None:

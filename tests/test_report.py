@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import report
+from orchestrator import metrics, report
 from orchestrator.config import ConfigError
 from orchestrator.evaluate import interval
+from orchestrator.inspection import inspect
 from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary
 from orchestrator.seed_sync import Header, Ledger, StepRecord
 
@@ -169,6 +170,26 @@ def test_a_step_that_was_noted_twice_counts_once(finished: Path) -> None:
     assert earlier != lines[2]
     path.write_text("".join([*lines[:2], earlier, *lines[2:]]))
     assert read(finished)[0] == before
+
+
+def test_lines_that_lack_what_their_kind_has_are_left_out(finished: Path) -> None:
+    before, told = read(finished)[0], list(inspect(finished))
+    with (finished / "metrics.jsonl").open("a") as file:
+        for line in (
+            '{"kind": "step", "step": 2}',
+            '{"kind": "step", "step": 2, "loss": 1, "seconds": "long"}',
+            '{"kind": "step", "step": "2", "seconds": 1}',
+            '{"kind": "evaluation", "step": 2, "accuracy": null}',
+            '{"kind": "evaluation", "accuracy": 0.5, "num_examples": 50, "seconds": 1}',
+            '{"kind": "evaluation", "step": 0}',
+            '{"kind": ["step"], "step": 2}',
+            '{"step": 2}',
+            "2",
+        ):
+            file.write(line + "\n")
+    assert read(finished)[0] == before
+    assert list(inspect(finished)) == told
+    assert metrics.baseline(finished) == 0.5
 
 
 def test_a_long_run_makes_a_small_page(tmp_path: Path, recipe: dict[str, Any]) -> None:
