@@ -7,7 +7,7 @@ text is set in the page's font, and each colour is one of the page's CSS variabl
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,31 +120,6 @@ def shares_with_intervals(name: str, points: Points, low: Numbers, high: Numbers
     return svg.text
 
 
-def stacked_shares(name: str, parts: Mapping[str, Points]) -> str:
-    """What each of several has of a whole (0 to 1 in sum), one above the other, over the steps."""
-    with _figure(name) as (axes, svg):
-        steps = next(iter(parts.values())).steps
-        colours = [SERIES[index % len(SERIES)] for index in range(len(parts))]
-        if len(steps) == 1:  # an area of one step has no width
-            bottom = 0.0
-            for colour, part in zip(colours, parts.values(), strict=True):
-                axes.bar(steps, 100 * part.values, bottom=bottom, color=colour, width=0.5)
-                bottom += float(100 * part.values[0])
-        else:
-            thinned = [_stretches(part) for part in parts.values()]
-            axes.stackplot(
-                thinned[0][0],
-                [100 * values for _, values, _, _ in thinned],
-                colors=colours,
-                linewidth=0,
-                alpha=0.85,
-            )
-        axes.set_ylim(0, 100)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-        _fit_steps(axes, steps)
-    return svg.text
-
-
 # -------------------------------------------------------------------- parts
 
 
@@ -221,5 +196,5 @@ def _running_mean(values: Numbers) -> Numbers:
 
 
 def legend(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Names and their colours in `stacked_shares`, as CSS."""
+    """Names and their colours where several are drawn, as CSS."""
     return [(name, VARIABLES[SERIES[i % len(SERIES)]]) for i, name in enumerate(names)]

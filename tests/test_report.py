@@ -154,11 +154,11 @@ def test_numbers_that_only_some_runs_record_are_drawn_where_they_are(
 ) -> None:
     path = finished / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    more = ', "signal_to_noise": 3.5, "kv_reuse": 0.25, "replica_probes": {"a": 1, "b": 3}}'
+    more = ', "signal_to_noise": 3.5, "kv_reuse": 0.25}'
     path.write_text("\n".join(line[:-1] + more if '"loss"' in line else line for line in lines))
     _, page = read(finished)
-    assert charts_of(page) == 11
-    for words in ("Signal to noise of g", "KV reuse", "Replicas' share of probes", "a", "b"):
+    assert charts_of(page) == 10
+    for words in ("Signal to noise of g", "KV reuse"):
         assert words in page.text
 
 
