@@ -162,10 +162,12 @@ def entries(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_whole(entry: object) -> bool:
-    if not isinstance(entry, dict) or "kind" not in entry or type(entry.get("step")) is not int:
+    if not isinstance(entry, dict):
         return False
-    names = NUMBERS.get(str(entry["kind"]), ())
-    return all(type(entry.get(name)) in (int, float) for name in names)
+    kind, step = entry.get("kind"), entry.get("step")
+    if not isinstance(kind, str) or type(step) is not int:
+        return False
+    return all(type(entry.get(name)) in (int, float) for name in NUMBERS.get(kind, ()))
 
 
 def fork(folder: Path, new_folder: Path, step: int, *, same_data: bool) -> None:
