@@ -121,31 +121,6 @@ def shares_with_intervals(name: str, points: Points, low: Numbers, high: Numbers
     return svg.text
 
 
-def stacked_shares(name: str, parts: Mapping[str, Points]) -> str:
-    """What each of several has of a whole (0 to 1 in sum), one above the other, over the steps."""
-    with _figure(name) as (axes, svg):
-        steps = next(iter(parts.values())).steps
-        colours = [SERIES[index % len(SERIES)] for index in range(len(parts))]
-        if len(steps) == 1:  # an area of one step has no width
-            bottom = 0.0
-            for colour, part in zip(colours, parts.values(), strict=True):
-                axes.bar(steps, 100 * part.values, bottom=bottom, color=colour, width=0.5)
-                bottom += float(100 * part.values[0])
-        else:
-            thinned = [_stretches(part) for part in parts.values()]
-            axes.stackplot(
-                thinned[0][0],
-                [100 * values for _, values, _, _ in thinned],
-                colors=colours,
-                linewidth=0,
-                alpha=0.85,
-            )
-        axes.set_ylim(0, 100)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-        _fit_steps(axes, steps)
-    return svg.text
-
-
 def logarithmic(name: str, lines: Mapping[str, Points], marked: float) -> str:
     """Lines on logarithmic axes, with a dashed mark; what is not above 0 is left out."""
     with _figure(name) as (axes, svg):

@@ -4,9 +4,10 @@ Owns the run folder's names. Nothing here is needed to resume: the ledger alone 
 """
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,6 +91,18 @@ class Summary:
     """Its mean over the dev rows then."""
 
 
+def _required(kind: type[StepMetrics] | type[Evaluation]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind) if field.default is MISSING)
+
+
+NUMBERS = {
+    "step": _required(StepMetrics),
+    "evaluation": _required(Evaluation),
+    DEV_EVALUATION: _required(Evaluation),
+}
+"""What every line of a kind holds; later versions may add to it."""
+
+
 class Observer(Protocol):
     """Who is told what happens during a run."""
 
@@ -104,9 +117,9 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         path = folder / METRICS_FILE
-        torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+        is_torn = _last_byte(path) not in (b"", b"\n")
         self._metrics = path.open("a", encoding="utf-8")
-        if torn:  # a crash cut the last line short; the next must not become part of it
+        if is_torn:  # a crash cut the last line short; the next must not become part of it
             self._metrics.write("\n")
         self._events = EventFileWriter(str(folder))
 
@@ -129,8 +142,11 @@ class Records:
         self._draw(evaluation.step, {tag: evaluation.accuracy})
 
     def summary(self, summary: Summary) -> None:
+        """Write it whole or not at all, since a run that has one is finished."""
         text = json.dumps(asdict(summary), indent=2)
-        (self._folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+        unfinished = self._folder / f"{SUMMARY_FILE}.new"
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(self._folder / SUMMARY_FILE)
 
     def close(self) -> None:
         self._metrics.close()
@@ -147,8 +163,18 @@ class Records:
         )
 
 
+def _last_byte(path: Path) -> bytes:
+    """Empty where there is none."""
+    if not path.is_file() or not path.stat().st_size:
+        return b""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)
+
+
 def entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl in their order, but for those that a crash cut short.
+    """The lines of metrics.jsonl in their order, but for those that a crash cut short, and those
+    that lack a number of their kind's.
 
     A resumed run may have noted a step or an evaluation twice; the later entry holds.
     """
@@ -161,8 +187,17 @@ def entries(folder: Path) -> Iterator[dict[str, Any]]:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(entry, dict) and "kind" in entry and "step" in entry:
+            if _is_whole(entry):
                 yield entry
+
+
+def _is_whole(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    kind, step = entry.get("kind"), entry.get("step")
+    if not isinstance(kind, str) or type(step) is not int:
+        return False
+    return all(type(entry.get(name)) in (int, float) for name in NUMBERS.get(kind, ()))
 
 
 def fork(folder: Path, new_folder: Path, step: int, *, same_data: bool) -> None:
@@ -195,10 +230,13 @@ def best(looks: Iterable[Evaluation]) -> Evaluation | None:
     return max(order, key=lambda look: look.accuracy, default=None)
 
 
-def read_summary(folder: Path) -> Summary:
-    """What a finished run came to."""
-    text = (folder / SUMMARY_FILE).read_text(encoding="utf-8")
-    return Summary(**_with_tuples(json.loads(text)))
+def read_summary(folder: Path) -> Summary | None:
+    """What a finished run came to; None for one that has no summary, or none that can be read."""
+    try:
+        values = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return Summary(**_with_tuples(values))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from orchestrator.seed_sync import Header, Ledger
 
 FOLDER, PAGE = "report", "index.html"
 STYLE = Path(__file__).with_suffix(".css")
-SHARE = "share of "  # before a replica's name, in the name of its column
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,7 @@ class History:
     """What metrics.jsonl holds."""
 
     columns: Mapping[str, Points]
-    """Per number that steps have, its values at them; the number of probes of `replica_probes`
-    as one column a replica."""
+    """Per number that steps have, its values at them."""
     evaluations: Sequence[Evaluation]
 
     def total(self, name: str) -> float:
@@ -79,7 +77,6 @@ def _read(folder: Path) -> Story:
         raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
     ledger = folder / metrics.LEDGER_FILE
     header, records = Ledger.read(ledger) if ledger.exists() else (None, [])
-    finished = (folder / metrics.SUMMARY_FILE).is_file()
     return Story(
         folder=folder,
         config=load(path),
@@ -87,7 +84,7 @@ def _read(folder: Path) -> Story:
         header=header,
         num_steps=len(records),
         ledger_bytes=ledger.stat().st_size if header else 0,
-        summary=metrics.read_summary(folder) if finished else None,
+        summary=metrics.read_summary(folder),
     )
 
 
@@ -109,11 +106,7 @@ def _history(folder: Path) -> History:
 
 def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in entry.items():
-        if name == "replica_probes" and isinstance(value, dict):
-            whole = sum(value.values())
-            for replica, count in value.items():
-                yield SHARE + replica, count / whole
-        elif name not in ("kind", "step") and isinstance(value, int | float):
+        if name not in ("kind", "step") and isinstance(value, int | float):
             yield name, value
 
 
@@ -241,9 +234,6 @@ def _course(history: History) -> str:
     note = f"below 1, and so mostly noise: {history.total('below_floor'):,.0f} steps"
     draw("signal_to_noise", "Signal to noise of g", ".3g", note, smooth=True, from_zero=True)
     draw("kv_reuse", "KV reuse", ".2f", "share of tokens found in the cache", from_zero=True)
-    replicas = {name: points for name, points in columns.items() if name.startswith(SHARE)}
-    if replicas:
-        figures.append(_replicas(replicas))
     if not figures:
         return '<p class="note">No step has been taken yet.</p>'
     return f'<div class="charts">\n{"".join(figures)}</div>'
@@ -258,23 +248,6 @@ def _accuracy(looks: Sequence[Evaluation]) -> str:
     examples = " or ".join(f"{number:,}" for number in numbers)
     note = f"bars: 95 % intervals (Wilson); a look takes {examples} examples"
     return _figure("Held-out accuracy", f"looks: {len(looks)}", svg, note, wide=True)
-
-
-def _replicas(columns: Mapping[str, Points]) -> str:
-    """Of replicas that come and go: nothing where they had no part."""
-    steps = np.unique(np.concatenate([points.steps for points in columns.values()]))
-    parts = {}
-    for name, points in columns.items():
-        values = np.zeros(len(steps))
-        values[np.searchsorted(steps, points.steps)] = points.values
-        parts[name.removeprefix(SHARE)] = Points(steps, values)
-    legend = "".join(
-        f'<i class="swatch" style="background:{colour}"></i>{html.escape(name)}'
-        for name, colour in charts.legend(list(parts))
-    )
-    return _figure(
-        "Replicas' share of probes", "", charts.stacked_shares("replicas", parts), legend
-    )
 
 
 def _figure(title: str, aside: str, svg: str, note: str = "", *, wide: bool = False) -> str:

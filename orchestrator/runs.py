@@ -8,7 +8,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary
 from orchestrator.noise import NOISE_VERSION
 from orchestrator.progress import Display
 from orchestrator.records import Fleet, ReplicaInfo
-from orchestrator.seed_sync import LEDGER_FORMAT, Header, Ledger
+from orchestrator.seed_sync import LEDGER_FORMAT, Header, Ledger, same_data
 from orchestrator.tasks import TaskData
 
 RUNS_FOLDER = Path("runs")
@@ -51,9 +51,9 @@ class Run:
     def log_path(self) -> Path:
         return self.folder / metrics.LOG_FILE
 
-    def is_finished(self) -> bool:
-        """Whether a process took the run to its end, summary and all."""
-        return (self.folder / metrics.SUMMARY_FILE).is_file()
+    def summary(self) -> Summary | None:
+        """What the run came to, once a process took it to its end."""
+        return metrics.read_summary(self.folder)
 
 
 # -------------------------------------------------------------------- folders
@@ -82,13 +82,14 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
     path = folder / metrics.CONFIG_FILE
     if not path.is_file():
         raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
-    recorded = load(path).identity()
-    if load(path, overrides).identity() != recorded:
-        deciding = [each for each in overrides if load(path, [each]).identity() != recorded]
+    culprit = _culprit(path, overrides, Config.identity)
+    if culprit is not None:
         raise ConfigError(
-            f"{(deciding or overrides)[0]}: the run in {folder} has steps that depend on this "
-            "key; what may change is model.path, model.device, space.init, task.train, task.test, "
-            "fleet.kind, fleet.num_replicas, run.eval_every, run.eval_examples and run.check_every"
+            f"{culprit}: the run in {folder} has steps that depend on this key; what may change is "
+            "model.path, model.device, space.init, task.train, task.test, task.label_names, "
+            "task.unconditional, fleet.kind, fleet.num_replicas, run.eval_every, "
+            "run.eval_examples, run.check_every and, with model.score_graphs=false, space.master "
+            "between float32 and host"
         )
     run = _checked(load(path, overrides), folder)
     if run.ledger_path.exists():
@@ -106,19 +107,33 @@ def branch(folder: Path, new_folder: Path, overrides: Sequence[str]) -> Run:
         raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
     if new_folder.exists():
         raise ConfigError(f"{new_folder}: exists already; name a folder that is to be made")
-    parent = load(path)
-    for override in overrides:
-        if _meaning(load(path, [override])) != _meaning(parent):
-            raise ConfigError(
-                f"{override}: the steps that a fork takes over depend on this key; space (but for "
-                "space.slots), estimator.noise and, unless space.kind is dense, run.seed must stay"
-            )
+    culprit = _culprit(path, overrides, _meaning)
+    if culprit is not None:
+        raise ConfigError(
+            f"{culprit}: the steps that a fork takes over depend on this key; space (but for "
+            "space.slots, and space.master between float32 and host), estimator.noise and, unless "
+            "space.kind is dense, run.seed must stay"
+        )
     return _checked(load(path, overrides), new_folder)
+
+
+def _culprit(path: Path, overrides: Sequence[str], kept: Callable[[Config], object]) -> str | None:
+    """The override that changes what is to be kept of a recipe; None if together they keep it."""
+    recorded = kept(load(path))
+    if kept(load(path, overrides)) == recorded:
+        return None
+    for override in overrides:
+        with suppress(ConfigError):  # some are valid only together
+            if kept(load(path, [override])) != recorded:
+                return override
+    return " ".join(overrides)
 
 
 def _meaning(config: Config) -> tuple[object, ...]:
     """What a ledger's seeds and coefficients lead to depends on these keys, and no others."""
     space = config.space.model_dump(mode="json", exclude={"slots", "init"})
+    if space["master"] == "host":  # the bits are those of float32
+        space["master"] = "float32"
     drawn_from = None if config.space.kind == "dense" else config.run.seed
     return space, config.estimator.noise, drawn_from
 
@@ -154,10 +169,11 @@ def train(run: Run) -> None:
     """Take the run to its last step; the held-out metric before and after goes to the user."""
     steps = run.config.run.steps
     with _locked_folder(run):
-        if run.is_finished():
+        summary = run.summary()
+        if summary is not None:
             display = Display(output.terminal(), steps)
             display.say(f"all {steps} steps are done; nothing is left to do")
-            display.result(metrics.read_summary(run.folder), run.folder)
+            display.result(summary, run.folder)
         else:
             output.divert(run.log_path)
             _train(run, Display(output.terminal(), steps))
@@ -325,9 +341,9 @@ def fork(run: Run, parent: Path, step: int) -> None:
     except OSError as error:
         raise ConfigError(f"{run.folder}: cannot be made: {error.strerror}") from None
     data_hash = run.data.fingerprint()
-    _write_config(run)
-    metrics.fork(parent, run.folder, step, same_data=data_hash == header.data_hash)
-    # Last, since a folder with a ledger is a run that can go on.
+    same_task = load(parent / metrics.CONFIG_FILE).task == run.config.task
+    same_looks = same_task and same_data(header.data_hash, data_hash)
+    metrics.fork(parent, run.folder, step, same_data=same_looks)
     Ledger.fork(
         ledger,
         run.ledger_path,
@@ -335,6 +351,7 @@ def fork(run: Run, parent: Path, step: int) -> None:
         config_hash=run.config.identity(),
         data_hash=data_hash,
     )
+    _write_config(run)  # last: a folder with a recipe is a run, which without a ledger is a new one
 
 
 def report(folder: Path) -> Path:

@@ -30,6 +30,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, get_args, get_origin, overload
 
@@ -71,9 +72,15 @@ class Header:
     @property
     def config_since(self) -> int:
         """The step from which on `config_hash` holds; earlier ones were taken under another."""
-        others = [step for step, config, _, _ in self.forked_from if config != self.config_hash]
-        # A fork may begin before its parent's own steps do.
-        return min(others[-1], self.forked_from[-1][0]) if others else 0
+        ancestors = [(0, ""), *((step, config) for step, config, *_ in self.forked_from)]
+        kept = ancestors[-1][0]
+        # From the latest back: of the steps that an ancestor took itself, those are still here
+        # that no later fork went back behind.
+        for (began, _), (ended, config) in reversed(list(pairwise(ancestors))):
+            kept = min(kept, ended)
+            if config != self.config_hash and began < kept:
+                return kept
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +365,8 @@ def _compare(path: Path, header: Header, expected: Header) -> tuple[str, ...]:
         "data_hash": "belongs to other data",
     }.items():
         was, now = getattr(header, name), getattr(expected, name)
-        if was != now:
+        is_same = same_data(was, now) if name == "data_hash" else was == now
+        if not is_same:
             advice = "resume with what the run was started with, or choose another folder"
             raise LedgerError(f"{path}: {meaning}: {name} is {was}, here {now}; {advice}")
     before = {"model": header.model, **dict(header.versions)}
@@ -368,6 +376,14 @@ def _compare(path: Path, header: Header, expected: Header) -> tuple[str, ...]:
         for name in {**before, **after}
         if before.get(name) != after.get(name)
     )
+
+
+def same_data(was: str, now: str) -> bool:
+    """Whether a ledger's data hash is of the rows that there are now.
+
+    Ledgers of earlier versions do not tell the splits' sizes, which now stand behind the hash.
+    """
+    return was in (now, now.partition("-")[0])
 
 
 def _verify(path: Path) -> tuple[Header, Survey]:
@@ -381,11 +397,13 @@ def _verify(path: Path) -> tuple[Header, Survey]:
 def survey(path: Path, found: Survey) -> None:
     """Look at all lines of a ledger's file, and note in `found` what is whole.
 
+    What another process appends meanwhile is left out.
+
     LedgerError names the line that is damaged, if one is; `found` then tells of those above it.
     OSError if the file cannot be read.
     """
     with path.open("rb", buffering=1 << 20) as file:
-        for number, line, is_last in _numbered(file):
+        for number, line, is_last in _numbered(file, os.fstat(file.fileno()).st_size):
             whole = line.endswith(b"\n") and _unsealed(line[:-1]) is not None
             # Two lines in one are not torn: a line break is damaged.
             if not whole and is_last and b'{"step":' not in line[1:]:
@@ -402,11 +420,12 @@ def survey(path: Path, found: Survey) -> None:
         raise LedgerError(f"{path}: has no whole header, so no steps; delete it and start again")
 
 
-def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
-    """Lines with their numbers from 1, and whether they are the file's last."""
-    number, line = 1, file.readline(LONGEST_LINE)
+def _numbered(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes, bool]]:
+    """Lines of the first `size` bytes with their numbers from 1, and whether they are the last."""
+    number, line = 1, file.readline(min(size, LONGEST_LINE))
     while line:
-        following = file.readline(LONGEST_LINE)
+        size -= len(line)
+        following = file.readline(min(size, LONGEST_LINE))
         yield number, line, not following
         number, line = number + 1, following
 

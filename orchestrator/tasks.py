@@ -59,12 +59,14 @@ class TaskData:
         return {"train": self.train, "dev": self.dev, "test": self.test}[name]
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over all examples' texts and labels."""
+        """SHA-256 (hex) over all examples' texts and labels, split after split, and the splits'
+        sizes: HASH-TRAIN-DEV-TEST.
+        """
         digest = hashlib.sha256(self.demonstrations.encode())
         for example in (*self.train, *self.dev, *self.test):
             others = [part for part in (example.also_right, example.answers) if part]
             digest.update(json.dumps([example.texts, example.label, *others]).encode())
-        return digest.hexdigest()
+        return f"{digest.hexdigest()}-{len(self.train)}-{len(self.dev)}-{len(self.test)}"
 
 
 def load(task: Task) -> TaskData:

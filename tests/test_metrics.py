@@ -63,6 +63,44 @@ def test_a_run_without_a_baseline_has_none(tmp_path: Path) -> None:
     assert baseline(tmp_path) is None
 
 
+@pytest.mark.parametrize("torn", ["", '{"steps": 3, "wal', "[]", "{}", "\xff"])
+def test_a_summary_that_cannot_be_read_is_none(torn: str, tmp_path: Path) -> None:
+    assert read_summary(tmp_path) is None
+    records = Records(tmp_path)
+    records.summary(SUMMARY)
+    records.close()
+    assert read_summary(tmp_path) == SUMMARY
+    (tmp_path / "summary.json").write_text(torn, encoding="latin-1")
+    assert read_summary(tmp_path) is None
+
+
+def test_a_summary_is_there_only_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(tmp_path)
+
+    def stop(path: Path, *_: object) -> None:
+        assert json.loads(path.read_text())["digest"] == SUMMARY.digest
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", stop)
+        records.summary(SUMMARY)
+    records.close()
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_lines_go_on_behind_one_that_was_cut_short(tmp_path: Path) -> None:
+    for end in ("", "{}\n", '{"kind": "st'):
+        (tmp_path / "metrics.jsonl").write_text(end)
+        records = Records(tmp_path)
+        records.evaluation(BEFORE)
+        records.close()
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert lines[:-1] == end.splitlines()
+        assert json.loads(lines[-1])["accuracy"] == BEFORE.accuracy
+
+
 def test_plain_output_tells_step_loss_gradient_speed_time_left_and_accuracy() -> None:
     terminal = io.StringIO()
     display = Display(terminal, num_steps=3)
@@ -96,7 +134,8 @@ def test_looks_at_dev_rows_are_told_apart_and_choose_the_best(tmp_path: Path) ->
     assert baseline(tmp_path) == looks[0]
     assert best(evaluations(tmp_path)) == dev[1]
     assert best(looks[:1]) is None
-    assert read_summary(tmp_path).final_interval == (0.1, 0.2)
+    summary = read_summary(tmp_path)
+    assert summary is not None and summary.final_interval == (0.1, 0.2)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert len(events.Scalars("dev/f1")) == len(dev)
     assert len(events.Scalars("held_out/f1")) == 1

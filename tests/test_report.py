@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import report
+from orchestrator import metrics, report
 from orchestrator.config import ConfigError
 from orchestrator.evaluate import interval
+from orchestrator.inspection import inspect
 from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary
 from orchestrator.seed_sync import Header, Ledger, StepRecord
 
@@ -153,11 +154,11 @@ def test_numbers_that_only_some_runs_record_are_drawn_where_they_are(
 ) -> None:
     path = finished / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    more = ', "signal_to_noise": 3.5, "kv_reuse": 0.25, "replica_probes": {"a": 1, "b": 3}}'
+    more = ', "signal_to_noise": 3.5, "kv_reuse": 0.25}'
     path.write_text("\n".join(line[:-1] + more if '"loss"' in line else line for line in lines))
     _, page = read(finished)
-    assert charts_of(page) == 11
-    for words in ("Signal to noise of g", "KV reuse", "Replicas' share of probes", "a", "b"):
+    assert charts_of(page) == 10
+    for words in ("Signal to noise of g", "KV reuse"):
         assert words in page.text
 
 
@@ -169,6 +170,26 @@ def test_a_step_that_was_noted_twice_counts_once(finished: Path) -> None:
     assert earlier != lines[2]
     path.write_text("".join([*lines[:2], earlier, *lines[2:]]))
     assert read(finished)[0] == before
+
+
+def test_lines_that_lack_what_their_kind_has_are_left_out(finished: Path) -> None:
+    before, told = read(finished)[0], list(inspect(finished))
+    with (finished / "metrics.jsonl").open("a") as file:
+        for line in (
+            '{"kind": "step", "step": 2}',
+            '{"kind": "step", "step": 2, "loss": 1, "seconds": "long"}',
+            '{"kind": "step", "step": "2", "seconds": 1}',
+            '{"kind": "evaluation", "step": 2, "accuracy": null}',
+            '{"kind": "evaluation", "accuracy": 0.5, "num_examples": 50, "seconds": 1}',
+            '{"kind": "evaluation", "step": 0}',
+            '{"kind": ["step"], "step": 2}',
+            '{"step": 2}',
+            "2",
+        ):
+            file.write(line + "\n")
+    assert read(finished)[0] == before
+    assert list(inspect(finished)) == told
+    assert len(list(metrics.entries(finished))) == 8
 
 
 def test_a_long_run_makes_a_small_page(tmp_path: Path, recipe: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ from orchestrator.seed_sync import (
     LedgerError,
     LedgerWriteError,
     StepRecord,
+    Survey,
+    survey,
 )
 
 HEADER = Header(
@@ -470,6 +472,26 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert 1000 * int(run_python(code, path)) < 5e6 < len(lines)
 
 
+def test_a_ledger_is_read_while_another_process_writes_it(path: Path) -> None:
+    """As it was at first: a line that comes in two parts is no damage."""
+    whole = write(path, steps(4))
+    lines = whole.splitlines(keepends=True)
+    size = len(whole) - len(lines[-1])
+    path.write_bytes(whole[:size])
+    parts = {1: lines[-1][:50], 3: lines[-1][50:]}
+
+    class Written(Survey):
+        def add(self, line_size: int) -> None:
+            super().add(line_size)
+            with path.open("ab") as file:
+                file.write(parts.pop(self.num_steps, b""))
+
+    found = Written()
+    survey(path, found)
+    assert (found.num_steps, found.size, found.torn) == (3, size, 0)
+    assert path.read_bytes() == whole
+
+
 # Forks
 
 
@@ -509,6 +531,39 @@ def test_a_header_tells_since_when_its_config_holds(path: Path) -> None:
     assert Ledger.read(child)[0].config_since == 5
     assert Ledger.read(fork(child, 3, "other"))[0].config_since == 3
     assert Ledger.read(fork(child, 5, "third"))[0].config_since == 5
+
+
+def forked(config: str, *forks: tuple[int, str]) -> Header:
+    ancestors = tuple((step, ancestor, "cc", "dd") for step, ancestor in forks)
+    return replace(HEADER, config_hash=config, forked_from=ancestors)
+
+
+@pytest.mark.parametrize(
+    ("since", "header"),
+    [
+        (0, forked("X", (10, "X"), (5, "Y"))),  # of Y nothing is left
+        (3, forked("Y", (3, "X"), (7, "Y"), (5, "X"))),
+        (5, forked("Y", (7, "X"), (5, "Y"), (9, "Y"))),
+        (9, forked("X", (7, "X"), (9, "Y"))),
+    ],
+)
+def test_forks_of_forks_tell_since_when_their_config_holds(since: int, header: Header) -> None:
+    assert header.config_since == since
+
+
+def test_a_config_holds_since_the_last_step_under_another_whatever_was_forked() -> None:
+    draw = random.Random(1)
+    for _ in range(2000):
+        taken_under: list[str] = []  # per step of the ledger, the config that took it
+        forks = []
+        for _ in range(draw.randint(0, 6)):
+            config = draw.choice("XYZ")
+            taken_under += config * draw.randint(0, 5)
+            forks.append((draw.randint(0, len(taken_under)), config))
+            del taken_under[forks[-1][0] :]
+        others = [step for step, config in enumerate(taken_under) if config != "X"]
+        since = others[-1] + 1 if others else 0
+        assert forked("X", *forks).config_since == since, forks
 
 
 def test_no_fork_is_made_of_what_is_damaged_or_over_what_is_there(path: Path) -> None:
@@ -560,6 +615,16 @@ def test_a_ledger_of_another_run_is_refused(
     for word in (str(path), meaning, field, str(getattr(HEADER, field)), str(value)):
         assert word in told
     assert path.read_bytes() == torn, "repaired although it is not ours"
+
+
+def test_an_earlier_ledger_need_not_tell_the_splits_sizes(path: Path) -> None:
+    write(path, steps(2))
+    with Ledger.open(path, replace(HEADER, data_hash="cc-40-0-50")) as ledger:
+        assert ledger.next_step == 2
+    path.unlink()
+    Ledger.create(path, replace(HEADER, data_hash="cc-40-0-50")).close()
+    with pytest.raises(LedgerError, match="belongs to other data: data_hash is cc-40-0-50"):
+        Ledger.open(path, replace(HEADER, data_hash="cc-41-0-49"))
 
 
 def test_a_ledger_in_a_later_format_is_refused_whatever_else_it_holds(path: Path) -> None:

@@ -53,6 +53,20 @@ def test_the_fingerprint_follows_texts_and_labels(tmp_path: Path) -> None:
     assert first.fingerprint() != second.fingerprint()
 
 
+def test_the_fingerprint_tells_which_rows_are_in_which_split(tmp_path: Path) -> None:
+    """Though the rows, split after split, are the same."""
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    found = []
+    for size in (1, 2):
+        write(train, ROWS[:size])
+        write(test, ROWS[size:])
+        settings = task(str(train), holdout=None, test={"path": str(test)})
+        found.append(tasks.load(settings).fingerprint())
+    hashes = [each.partition("-") for each in found]
+    assert hashes[0][0] == hashes[1][0]
+    assert [sizes for _, _, sizes in hashes] == ["1-0-2", "2-0-1"]
+
+
 REFUSALS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     r"rows.jsonl: holds no rows$": ([], {}),
     r"holds no rows where \{'label': '7'\}": (ROWS, {"where": {"label": "7"}}),
