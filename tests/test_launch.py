@@ -248,7 +248,7 @@ def test_a_fork_goes_on_from_its_parents_steps(finished: Path, tmp_path: Path) -
     # Replayed from its first step, the fork is where training left it.
     scored = launch("eval", folder, "--out", tmp_path / "scores.jsonl")
     summary = json.loads((folder / "summary.json").read_text())
-    assert f"after 6 steps: {summary['final_accuracy']:.1%}" in scored.stdout
+    assert f"after 6 steps: accuracy {summary['final_accuracy']:.1%}" in scored.stdout
     assert "at step 3 from config" in launch("inspect", folder).stdout
     assert launch("report", folder).returncode == DONE
 
