@@ -5,16 +5,13 @@ that launch kernels run in processes of their own, which call this module. On a 
 them without the interpreter.
 """
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from triton_process import run_alone
 
 SCALINGS = [2.0, 0.5, -1.0, 1.0]
 POISONED = 3  # a slot that no row names
@@ -206,26 +203,13 @@ def check_compiles() -> None:
         assert "st.global.b16" not in text
 
 
-def _run_alone(check: Callable[[], None], **environment: str) -> None:
-    here = Path(__file__).parent
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    search_path = os.pathsep.join([str(here), str(here.parent)])
-    finished = subprocess.run(
-        [sys.executable, "-c", f"import {Path(__file__).stem} as t; t.{check.__name__}()"],
-        env=inherited | {"PYTHONPATH": search_path} | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-
-
 @pytest.mark.slow
 def test_products_are_the_plain_sums() -> None:
-    _run_alone(check_interpreted, TRITON_INTERPRET="1")
+    run_alone(check_interpreted, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_cuda(tmp_path: Path) -> None:
-    _run_alone(check_compiles, TRITON_CACHE_DIR=str(tmp_path))
+    run_alone(check_compiles, TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_neighbours_under_a_slot_are_cut_together() -> None:
