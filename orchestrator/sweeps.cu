@@ -292,6 +292,44 @@ struct Noise {
 
 // ---------------------------------------------------------------- kernels
 
+FUNCTION void load_masters(const Tile& tile, float (&value)[HELD][EIGHT]) {
+#pragma unroll
+    for (int held = 0; held < HELD; ++held)
+        load<STORED>(tile.master_row(), tile.eight(held), value[held]);
+}
+
+FUNCTION void store_masters(const Tile& tile, const float (&value)[HELD][EIGHT]) {
+#pragma unroll
+    for (int held = 0; held < HELD; ++held)
+        store<STORED, false>(tile.master_row(), tile.eight(held), value[held]);
+}
+
+FUNCTION void store_live(const Tile& tile, const float (&value)[HELD][EIGHT]) {
+#pragma unroll
+    for (int held = 0; held < HELD; ++held)
+        store<SERVED, true>(tile.live_row(), tile.eight(held), value[held]);
+}
+
+// The masters after a step whose draws add up to `sum`, which then begins anew.
+FUNCTION void take_step(
+    const Tile& tile, u32 name_word, float decay, const Keys& step,
+    float (&value)[HELD][EIGHT], float (&sum)[HELD][EIGHT]
+) {
+#pragma unroll
+    for (int held = 0; held < HELD; ++held) {
+#pragma unroll
+        for (int j = 0; j < EIGHT; ++j) {
+            value[held][j] = value[held][j] * decay + sum[held][j];
+            sum[held][j] = 0.f;
+        }
+    }
+    if constexpr (STORED == BFLOAT16) {
+        u64 block[HELD];
+        tile.blocks(block);
+        round_stochastically(value, block, name_word, step);
+    }
+}
+
 // live = round(master + coefficient * z), with the slice's own of the draws.
 KERNEL perturb(
     const Slice* __restrict__ slices,
@@ -308,15 +346,11 @@ KERNEL perturb(
         if (number >= slice->num_tiles) return;
         Tile tile = tile_of(slice, number);
         float value[HELD][EIGHT];
-#pragma unroll
-        for (int held = 0; held < HELD; ++held)
-            load<STORED>(tile.master_row(), tile.eight(held), value[held]);
+        load_masters(tile, value);
         Keys keys = keys_of(draw->seed);
         noise.prepare(tile, name_word, keys);
         noise.add(tile, name_word, keys, draw->coefficient, 0, value);
-#pragma unroll
-        for (int held = 0; held < HELD; ++held)
-            store<SERVED, true>(tile.live_row(), tile.eight(held), value[held]);
+        store_live(tile, value);
     }
 }
 
@@ -339,9 +373,7 @@ KERNEL update(
         if (number >= slice->num_tiles) return;
         Tile tile = tile_of(slice, number);
         float value[HELD][EIGHT], sum[HELD][EIGHT] = {};
-#pragma unroll
-        for (int held = 0; held < HELD; ++held)
-            load<STORED>(tile.master_row(), tile.eight(held), value[held]);
+        load_masters(tile, value);
         for (int i = 0; i < num_draws; ++i) {
             if (i % GROUP == 0) {
                 int left = num_draws - i;
@@ -351,32 +383,16 @@ KERNEL update(
             noise.add(tile, name_word, keys_of(draw.seed), draw.coefficient, i % GROUP, sum);
             if (draw.closing < 0) continue;
             Step step = steps[draw.closing];
-#pragma unroll
-            for (int held = 0; held < HELD; ++held) {
-#pragma unroll
-                for (int j = 0; j < EIGHT; ++j) {
-                    value[held][j] = value[held][j] * step.decay + sum[held][j];
-                    sum[held][j] = 0.f;
-                }
-            }
-            if constexpr (STORED == BFLOAT16) {
-                u64 block[HELD];
-                tile.blocks(block);
-                round_stochastically(value, block, name_word, keys_of(step.number));
-            }
+            take_step(tile, name_word, step.decay, keys_of(step.number), value, sum);
         }
-#pragma unroll
-        for (int held = 0; held < HELD; ++held)
-            store<STORED, false>(tile.master_row(), tile.eight(held), value[held]);
+        store_masters(tile, value);
         if (num_thens) {
             Draw then = draws[num_draws];
             Keys keys = keys_of(then.seed);
             noise.prepare(tile, name_word, keys);
             noise.add(tile, name_word, keys, then.coefficient, 0, value);
         }
-#pragma unroll
-        for (int held = 0; held < HELD; ++held)
-            store<SERVED, true>(tile.live_row(), tile.eight(held), value[held]);
+        store_live(tile, value);
     }
 }
 
@@ -403,31 +419,16 @@ KERNEL update_once(
         if (number >= slice->num_tiles) return;
         Tile tile = tile_of(slice, number);
         float value[HELD][EIGHT], sum[HELD][EIGHT] = {};
-#pragma unroll
-        for (int held = 0; held < HELD; ++held)
-            load<STORED>(tile.master_row(), tile.eight(held), value[held]);
+        load_masters(tile, value);
         noise.prepare(tile, name_word, once.draw);
         noise.add(tile, name_word, once.draw, once.coefficient, 0, sum);
-#pragma unroll
-        for (int held = 0; held < HELD; ++held)
-#pragma unroll
-            for (int j = 0; j < EIGHT; ++j)
-                value[held][j] = value[held][j] * once.decay + sum[held][j];
-        if constexpr (STORED == BFLOAT16) {
-            u64 block[HELD];
-            tile.blocks(block);
-            round_stochastically(value, block, name_word, once.step);
-        }
-#pragma unroll
-        for (int held = 0; held < HELD; ++held)
-            store<STORED, false>(tile.master_row(), tile.eight(held), value[held]);
+        take_step(tile, name_word, once.decay, once.step, value, sum);
+        store_masters(tile, value);
         if (once.has_then) {
             noise.prepare(tile, name_word, once.then);
             noise.add(tile, name_word, once.then, once.then_coefficient, 0, value);
         }
-#pragma unroll
-        for (int held = 0; held < HELD; ++held)
-            store<SERVED, true>(tile.live_row(), tile.eight(held), value[held]);
+        store_live(tile, value);
     }
 }
 
