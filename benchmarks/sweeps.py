@@ -84,6 +84,10 @@ def dense_sweeps(whole: Table, kind: NoiseKind, stored: int, served: int, size: 
     ]
 
 
+def eight_bits(*shape: int) -> torch.Tensor:
+    return torch.randint(-112, 113, shape, dtype=torch.int8, device=measure.DEVICE)
+
+
 def low_rank_sweeps(parts: list[Slice], moved: int) -> Iterator[Sweep]:
     matrices = [part for part in parts if part.live.shape[0] > 1]
     size = sum(part.live.numel() for part in matrices)
@@ -91,8 +95,8 @@ def low_rank_sweeps(parts: list[Slice], moved: int) -> Iterator[Sweep]:
     for num_seeds in (1, 8):
         factors = [
             Factors(
-                torch.randn(num_seeds, part.live.shape[0], RANK, device=part.live.device),
-                torch.randn(num_seeds, RANK, part.live.shape[1], device=part.live.device),
+                eight_bits(num_seeds, part.live.shape[0], RANK),
+                eight_bits(num_seeds, RANK, part.live.shape[1]),
             )
             for part in matrices
         ]

@@ -28,6 +28,10 @@ FUNCTION VALUE* in_global_memory(VALUE* values) {  // which the compiler cannot 
     return values;
 }
 FUNCTION void add_to(u64* sum, u64 value) { atomicAdd(sum, value); }
+// Adds to `sum` the products of four signed bytes.
+FUNCTION int dot(u32 left, u32 right, int sum) { return __dp4a(int(left), int(right), sum); }
+// Four of the eight bytes of two words, by a digit of `choice` each.
+FUNCTION u32 bytes_of(u32 low, u32 high, u32 choice) { return __byte_perm(low, high, choice); }
 FUNCTION u64 sum_over_warp(u64 value) {
     for (int distance = LANES / 2; distance; distance /= 2)
         value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
@@ -63,6 +67,18 @@ FUNCTION bool is_finite(float value) { return std::isfinite(value); }
 template <typename VALUE>
 FUNCTION VALUE* in_global_memory(VALUE* values) { return values; }
 FUNCTION void add_to(u64* sum, u64 value) { *sum += value; }
+FUNCTION int dot(u32 left, u32 right, int sum) {
+    for (int shift = 0; shift < 32; shift += 8)
+        sum += int((signed char)(left >> shift)) * int((signed char)(right >> shift));
+    return sum;
+}
+FUNCTION u32 bytes_of(u32 low, u32 high, u32 choice) {
+    u64 both = low | u64(high) << 32;
+    u32 chosen = 0;
+    for (int i = 0; i < 4; ++i)
+        chosen |= u32(both >> (choice >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+    return chosen;
+}
 FUNCTION u64 sum_over_warp(u64 value) { return value; }
 FUNCTION u32 nearest_bfloat16(float value) {
     u32 bits = as_bits(value);

@@ -1,7 +1,7 @@
 """The low-rank space: all matrices are trained, perturbed by noise that is a product of factors.
 
 For a matrix of shape [outputs, inputs] z = u v / sqrt(rank), with u [outputs, rank] and
-v [rank, inputs] drawn as tensors of their own. A perturbation is thus an adapter over the shared
+v [rank, inputs] drawn as tensors of their own, in whole numbers of 1 / 32. A perturbation is thus an adapter over the shared
 weights, so that one forward evaluates many; their sum, the update, has full rank.
 EGGROLL, Sarkar et al. 2025; LOZO, Chen et al. 2024, which keeps v for some steps.
 
@@ -18,7 +18,7 @@ import torch
 from orchestrator import noise, space
 from orchestrator.adapters import AdapterSlots, Factor
 from orchestrator.export import write_model
-from orchestrator.noise import NoiseKind, TensorRegion
+from orchestrator.noise import NoiseKind, TensorRegion, factor_kind
 from orchestrator.parameters import CanonicalTensor, check_words
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.space import Groups, Placed, Trained, TrainedTensor, table
@@ -113,7 +113,9 @@ class LowRankSpace:
             if len(group) not in self._draws:
                 self._draws[len(group)] = self._slots_table(len(group))
             draws = [self._factor_draws(p.step, p.seed, p.sign * p.eps) for p in group]
-            self._draws[len(group)].perturb(self._noise, [draw for pair in draws for draw in pair])
+            self._draws[len(group)].perturb(
+                factor_kind(self._noise), [draw for pair in draws for draw in pair]
+            )
             if self._others.tensors:
                 self._others.perturb(group[0].seed, group[0].sign * group[0].eps)
             yield [Placed(probe, name) for probe, name in zip(group, self._slots, strict=False)]
@@ -144,7 +146,7 @@ class LowRankSpace:
     def apply(self, update: StepUpdate) -> None:
         factors, draws_table = self._factors_of(len(update.seeds))
         draws = [self._factor_draws(update.step, seed) for seed in update.seeds]
-        draws_table.perturb(self._noise, [draw for pair in draws for draw in pair])
+        draws_table.perturb(factor_kind(self._noise), [draw for pair in draws for draw in pair])
         self._trained.apply_low_rank(factors, update)
         self._others.apply(update)
 
@@ -157,8 +159,8 @@ class LowRankSpace:
             slices: list[Slice] = []
             for matrix in self._matrices:
                 rows, columns = matrix.tensor.master.shape
-                left = torch.empty(num_seeds, rows, rank, device=device)
-                right = torch.empty(num_seeds, rank, columns, device=device)
+                left = torch.empty(num_seeds, rows, rank, dtype=torch.int8, device=device)
+                right = torch.empty(num_seeds, rank, columns, dtype=torch.int8, device=device)
                 factors.append(Factors(left, right))
                 for seed in range(num_seeds):
                     slices += _factor_slices(matrix, left[seed], right[seed], seed)

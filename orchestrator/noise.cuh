@@ -4,6 +4,7 @@
 #include "compilers.cuh"
 
 constexpr int EIGHT = 8;  // 16 bits each for as many elements: what a block of words holds
+constexpr float UNITS = 32;  // noise.FACTOR_UNITS
 constexpr u32 SIGN = 0x80000000;
 constexpr u32 UPPER_HALF = 0xFFFF0000;
 constexpr u32 PERTURBATION = 0, ROUNDING = 1;  // noise.Stream
@@ -11,6 +12,10 @@ constexpr int PHILOX_ROUNDS = 10;              // noise.PHILOX_ROUNDS
 
 struct alignas(16) Vector {
     u32 word[4];
+};
+
+struct alignas(8) Pair {
+    u32 word[2];
 };
 
 // A seed's keys in all rounds.

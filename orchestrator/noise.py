@@ -1,4 +1,4 @@
-"""Noise version 1: every random bit that the optimiser uses, specified and computed in numpy.
+"""Noise version 2: every random bit that the optimiser uses, specified and computed in numpy.
 
 Owns the meaning of seeds: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
 1, 2, 3"), how its words become gaussian or rademacher noise, rounding bits, seeds, orders of
@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-NOISE_VERSION = 1
+NOISE_VERSION = 2
 
-NoiseKind = Literal["gaussian", "rademacher"]
+NoiseKind = Literal["gaussian", "coarse_gaussian", "rademacher"]
 Words = NDArray[np.uint32]
 
 PHILOX_ROUNDS = 10
@@ -33,6 +33,7 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 GAUSSIAN_BLOCK = 8  # elements that one block of four words serves, 16 bits each
 RADEMACHER_BLOCK = 128  # elements that one block of four words serves, 1 bit each
+FACTOR_UNITS = 32  # factors of low-rank noise are whole numbers of 1 / 32
 
 DIGEST_INDEX_MULTIPLIER = 0x9E3779B97F4A7C15
 DIGEST_BITS_MULTIPLIER = 0xD1B54A32D192ED03
@@ -112,7 +113,7 @@ def gaussian_magnitudes() -> NDArray[np.float32]:
 
     They are the normal quantiles at 1/2 + (k + 1/2)/2048, scaled to a mean square of 1, and kept
     as bit patterns because no two mathematical libraries round quantiles alike.
-    Raises RuntimeError if the file is not the one that noise version 1 was made with.
+    Raises RuntimeError if the file is not the one that noise was made with.
     """
     text = _MAGNITUDES_FILE.read_bytes()
     if hashlib.sha256(text).hexdigest() != _MAGNITUDES_SHA256:
@@ -123,16 +124,30 @@ def gaussian_magnitudes() -> NDArray[np.float32]:
     return magnitudes
 
 
+@cache
+def magnitudes(kind: NoiseKind) -> NDArray[np.float32]:
+    """What a draw of this kind looks up: read-only float32 [1024], ascending.
+
+    Of coarse gaussian noise they are the gaussian ones to the nearest 1 / 32, up to 112 / 32.
+    """
+    if kind != "coarse_gaussian":
+        return gaussian_magnitudes()
+    units = np.float32(FACTOR_UNITS)
+    coarse = np.rint(gaussian_magnitudes() * units) / units
+    coarse.setflags(write=False)
+    return coarse
+
+
 def draw(kind: NoiseKind, seed: int, name: str, start: int, count: int) -> NDArray[np.float32]:
     """Noise z of the elements start .. start + count of tensor `name`: float32 [count].
 
-    Both kinds have mean 0 and variance 1. The seed is an integer in [0, 2**64).
+    All kinds have mean 0 and variance 1, coarse noise to 3 in 10,000. The seed is an integer in [0, 2**64).
     """
     index = _indices(start, count)
     key = split_words(seed)
-    if kind == "gaussian":
+    if kind != "rademacher":
         halfword = _halfwords(index, name, Stream.PERTURBATION, key)
-        magnitude = gaussian_magnitudes()[halfword >> 6]
+        magnitude = magnitudes(kind)[halfword >> 6]
         return np.where(halfword & 1, -magnitude, magnitude)
     bit = index % np.uint64(RADEMACHER_BLOCK)
     words = _block_words(index // np.uint64(RADEMACHER_BLOCK), name, Stream.PERTURBATION, key)
@@ -141,23 +156,30 @@ def draw(kind: NoiseKind, seed: int, name: str, start: int, count: int) -> NDArr
     return np.where(negative, np.float32(-1), np.float32(1))
 
 
-def low_rank(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
+def factor_kind(kind: NoiseKind) -> NoiseKind:
+    """How the factors of low-rank noise of this kind are drawn.
+
+    A factor is a whole number of 1 / 32 of 8 bits: exact in an adapter's bfloat16, so that probes
+    see the noise that an update adds, and as an integer, whose sums of products are exact in
+    whatever order a device takes them.
+    """
+    return "coarse_gaussian" if kind == "gaussian" else kind
+
+
+def low_rank(left: NDArray[np.int8], right: NDArray[np.int8]) -> NDArray[np.float32]:
     """Noise z = u v / sqrt(rank) of a whole matrix or a shard of it: float32 [rows, columns].
 
-    `left` is u, float32 [rows, rank], and `right` is v, float32 [rank, columns]: factors are drawn
-    as tensors of their own, named NAME.u and NAME.v. Products are added in the order of the ranks.
+    `left` is u, int8 [rows, rank], and `right` is v, int8 [rank, columns], both in 1 / 32: factors
+    are drawn as tensors of their own, named NAME.u and NAME.v. Their product is exact.
     EGGROLL, Sarkar et al. 2025; LOZO, Chen et al. 2024.
     """
-    rows, rank = left.shape
-    z = np.zeros((rows, right.shape[1]), np.float32)
-    for k in range(rank):
-        z = z + left[:, k, None] * right[k]
-    return z * low_rank_scale(rank)
+    products = left.astype(np.int32) @ right.astype(np.int32)
+    return products.astype(np.float32) * low_rank_scale(left.shape[1])
 
 
 def low_rank_scale(rank: int) -> np.float32:
-    """What gives a sum of `rank` products of unit variance unit variance: 1 / sqrt(rank)."""
-    return np.float32(1 / np.sqrt(rank))
+    """What gives a sum of `rank` products of factors in 1 / 32 unit variance."""
+    return np.float32(1 / np.sqrt(rank)) / np.float32(FACTOR_UNITS**2)
 
 
 def rounding_bits(step: int, name: str, start: int, count: int) -> NDArray[np.uint16]:

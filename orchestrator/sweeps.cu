@@ -9,10 +9,10 @@
 
 // ---------------------------------------------------------------- what a launch is compiled for
 
-enum Format { NOTHING, FLOAT32, BFLOAT16, FLOAT16 };
+enum Format { NOTHING, FLOAT32, BFLOAT16, FLOAT16, FACTOR };
 
 // STORED, SERVED      formats of the masters (NOTHING stands for zeros), and of the live values
-//                     (NOTHING where the masters are live)
+//                     (NOTHING where the masters are live; FACTOR: 8 bits, in 1 / 32)
 // GAUSSIAN            the kind of noise: gaussian, or rademacher
 // ALIGNED             whether all rows begin with a block of words, and are whole vectors
 // WARPS, ROUNDS       of a program, and tiles of a warp
@@ -28,14 +28,18 @@ constexpr int TILE = 32 * CHUNKS * EIGHT;         // elements of a tile
 constexpr int HELD = TILE / EIGHT / LANES;        // eights that a lane holds
 constexpr int BLOCK = GAUSSIAN ? 8 : 128;         // elements that a block of words serves
 constexpr int MAGNITUDES = 1024;
+constexpr int WORDS = (RANK + 3) / 4;             // four ranks of a factor a word
+// Of 1.5 * 2**23, whose lowest bit stands for 1: sums of whole numbers on top of it are floats
+// already, as exact as conversions, which take longer.
+constexpr int WHOLE_BITS = 0x4B400000;
 
 struct Slice {  // sweeps_cuda.Field
     void* master;
     void* live;
     i64 rows, columns, live_stride, start, row_stride;
     i64 name_word, draw, first_program, tiles_a_row, num_tiles;
-    const float* left;
-    const float* right;
+    const u8* left;
+    const u8* right;
     i64 number, unused;
 };
 
@@ -101,17 +105,55 @@ FUNCTION void load(const void* row, Eight eight, float (&value)[EIGHT]) {
     }
 }
 
-FUNCTION void load_factors(const float* from, float (&value)[RANK]) {
-    if constexpr (RANK % 4 == 0) {
+// A row of a left factor, four ranks a word; there are zeros behind the last.
+FUNCTION void load_left(const u8* from, u32 (&word)[WORDS]) {
+    if constexpr (RANK % 8 == 0) {
 #pragma unroll
-        for (int k = 0; k < RANK / 4; ++k) {
-            Vector four = reinterpret_cast<const Vector*>(from)[k];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) value[4 * k + j] = as_float(four.word[j]);
+        for (int w = 0; w < WORDS; w += 2) {
+            Pair pair = reinterpret_cast<const Pair*>(from)[w / 2];
+            word[w] = pair.word[0];
+            word[w + 1] = pair.word[1];
         }
+    } else if constexpr (RANK % 4 == 0) {
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) word[w] = reinterpret_cast<const u32*>(from)[w];
     } else {
 #pragma unroll
-        for (int k = 0; k < RANK; ++k) value[k] = from[k];
+        for (int w = 0; w < WORDS; ++w) word[w] = 0;
+#pragma unroll
+        for (int k = 0; k < RANK; ++k) word[k / 4] |= u32(from[k]) << k % 4 * 8;
+    }
+}
+
+FUNCTION Pair load_bytes(const u8* row, Eight eight) {
+    Pair pair = {};
+    if constexpr (ALIGNED) {
+        if (eight.has(0)) pair = *reinterpret_cast<const Pair*>(row + eight.column);
+    } else {
+#pragma unroll
+        for (int j = 0; j < EIGHT; ++j)
+            if (eight.has(j)) pair.word[j / 4] |= u32(row[eight.column + j]) << j % 4 * 8;
+    }
+    return pair;
+}
+
+// Four rows of a right factor from `first` on, eight columns of it: a word a column.
+FUNCTION void load_right(const u8* right, i64 columns, int first, Eight eight, u32 (&word)[EIGHT]) {
+    Pair row[4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        if (first + k < RANK) row[k] = load_bytes(right + (first + k) * columns, eight);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        u32* to = word + 4 * half;
+        u32 a = row[0].word[half], b = row[1].word[half];
+        u32 c = row[2].word[half], d = row[3].word[half];
+        u32 ab = bytes_of(a, b, 0x5140), cd = bytes_of(c, d, 0x5140);
+        to[0] = bytes_of(ab, cd, 0x5410);
+        to[1] = bytes_of(ab, cd, 0x7632);
+        ab = bytes_of(a, b, 0x7362), cd = bytes_of(c, d, 0x7362);
+        to[2] = bytes_of(ab, cd, 0x5410);
+        to[3] = bytes_of(ab, cd, 0x7632);
     }
 }
 
@@ -130,6 +172,19 @@ FUNCTION void store(void* row, Eight eight, const float (&value)[EIGHT]) {
 #pragma unroll
             for (int j = 0; j < EIGHT; ++j)
                 if (eight.has(j)) to[j] = value[j];
+        }
+    } else if constexpr (FORMAT == FACTOR) {
+        Pair all = {};
+#pragma unroll
+        for (int j = 0; j < EIGHT; ++j)
+            all.word[j / 4] |= (u32(int(value[j] * UNITS)) & 0xFF) << j % 4 * 8;
+        u8* to = static_cast<u8*>(row) + eight.column;
+        if constexpr (ALIGNED) {
+            if (eight.has(0)) *reinterpret_cast<Pair*>(to) = all;
+        } else {
+#pragma unroll
+            for (int j = 0; j < EIGHT; ++j)
+                if (eight.has(j)) to[j] = u8(all.word[j / 4] >> j % 4 * 8);
         }
     } else if constexpr (FORMAT != NOTHING) {
         Vector all;
@@ -153,7 +208,8 @@ FUNCTION void store(void* row, Eight eight, const float (&value)[EIGHT]) {
 }
 
 FUNCTION void* row_of(void* values, Format format, i64 offset) {
-    return static_cast<u8*>(in_global_memory(values)) + offset * (format == FLOAT32 ? 4 : 2);
+    int size = format == FLOAT32 ? 4 : format == FACTOR ? 1 : 2;
+    return static_cast<u8*>(in_global_memory(values)) + offset * size;
 }
 
 // ---------------------------------------------------------------- where a warp is
@@ -470,27 +526,26 @@ KERNEL low_rank_update(
                 load<STORED>(row, eight[r], value[r]);
             }
             for (int i = 0; i < (ONE_DRAW ? 1 : num_draws); ++i) {
-                const float* left =
-                    in_global_memory(slice->left) + (i64(i) * rows + first_row) * RANK;
-                const float* right = in_global_memory(slice->right) + i64(i) * RANK * columns;
-                float u[ROWS_A_TILE][RANK], v[EIGHT], z[ROWS_A_TILE][EIGHT] = {};
+                const u8* left = in_global_memory(slice->left) + (i64(i) * rows + first_row) * RANK;
+                const u8* right = in_global_memory(slice->right) + i64(i) * RANK * columns;
+                u32 u[ROWS_A_TILE][WORDS], v[WORDS][EIGHT];
 #pragma unroll
                 for (int r = 0; r < ROWS_A_TILE; ++r)
-                    if (eight[r].columns) load_factors(left + r * RANK, u[r]);
+                    if (eight[r].columns) load_left(left + r * RANK, u[r]);
 #pragma unroll
-                for (int k = 0; k < RANK; ++k) {
+                for (int r = 0; r < ROWS_A_TILE; ++r) {
 #pragma unroll
-                    for (int r = 0; r < ROWS_A_TILE; ++r) {
-                        if (r == 0 || !ALIGNED) load<FLOAT32>(right + k * columns, eight[r], v);
+                    for (int w = 0; w < WORDS; ++w)
+                        if (r == 0 || !ALIGNED) load_right(right, columns, 4 * w, eight[r], v[w]);
 #pragma unroll
-                        for (int j = 0; j < EIGHT; ++j) z[r][j] = z[r][j] + u[r][k] * v[j];
+                    for (int j = 0; j < EIGHT; ++j) {
+                        int whole = WHOLE_BITS;
+#pragma unroll
+                        for (int w = 0; w < WORDS; ++w) whole = dot(u[r][w], v[w][j], whole);
+                        float z = (as_float(u32(whole)) - as_float(WHOLE_BITS)) * scale;
+                        sum[r][j] = sum[r][j] + draws[i].coefficient * z;
                     }
                 }
-#pragma unroll
-                for (int r = 0; r < ROWS_A_TILE; ++r)
-#pragma unroll
-                    for (int j = 0; j < EIGHT; ++j)
-                        sum[r][j] = sum[r][j] + draws[i].coefficient * (z[r][j] * scale);
             }
 #pragma unroll
             for (int r = 0; r < ROWS_A_TILE; ++r)

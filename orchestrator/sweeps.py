@@ -14,6 +14,8 @@ import torch
 from orchestrator.noise import NoiseKind, TensorRegion
 from orchestrator.records import StepUpdate
 
+MAX_RANK = 256  # of low-rank noise: sums of products of 8 bits are then exact in float32
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -23,7 +25,10 @@ class Slice:
     master: torch.Tensor | None
     """[rows, columns], contiguous, float32 or bfloat16; None stands for zeros."""
     live: torch.Tensor
-    """[rows, columns], float32, bfloat16 or float16, with unit column stride; may be the master."""
+    """[rows, columns], float32, bfloat16 or float16, with unit column stride; may be the master.
+
+    Or int8, in 1 / 32, to draw factors of low-rank noise into; there is no master then.
+    """
     draw: int = 0
     """Which of a perturbation's draws is this slice's."""
 
@@ -36,7 +41,7 @@ class Draw(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Low-rank noise of one slice for several seeds, float32, contiguous, on its device."""
+    """Low-rank noise of one slice for several seeds, int8 in 1 / 32, contiguous, on its device."""
 
     left: torch.Tensor
     """[seeds, rows, rank]."""
@@ -110,11 +115,11 @@ def check_factors(master: torch.Tensor, factors: Factors, num_seeds: int) -> Non
     rank = left.shape[-1] if left.ndim else 0
     shapes = f"factors of shapes {tuple(left.shape)} and {tuple(right.shape)}"
     fit = left.shape == (num_seeds, rows, rank) and right.shape == (num_seeds, rank, columns)
-    if rank == 0 or not fit:
+    if not 0 < rank <= MAX_RANK or not fit:
         raise ValueError(
             f"{shapes} do not fit a master {tuple(master.shape)} and {num_seeds} seeds"
         )
     for factor in factors:
-        wanted = (torch.float32, master.device)
+        wanted = (torch.int8, master.device)
         if (factor.dtype, factor.device) != wanted or not factor.is_contiguous():
-            raise ValueError(f"{shapes} must both be contiguous float32 on {master.device}")
+            raise ValueError(f"{shapes} must both be contiguous int8 on {master.device}")

@@ -26,8 +26,8 @@ from orchestrator.noise import (
     PHILOX_ROUNDS,
     RADEMACHER_BLOCK,
     NoiseKind,
-    gaussian_magnitudes,
     low_rank_scale,
+    magnitudes,
     split_words,
     tensor_word,
 )
@@ -55,6 +55,7 @@ FORMATS = {
     torch.float32: "FLOAT32",
     torch.bfloat16: "BFLOAT16",
     torch.float16: "FLOAT16",
+    torch.int8: "FACTOR",
 }
 
 
@@ -146,6 +147,7 @@ class Tiling(NamedTuple):
 # The fastest of some that were tried on an H200.
 PERTURB: dict[NoiseKind, Tiling] = {
     "gaussian": Tiling(GAUSSIAN_BLOCK, warps=8, rounds=4, chunks=2),
+    "coarse_gaussian": Tiling(GAUSSIAN_BLOCK, warps=8, rounds=4, chunks=2),
     "rademacher": Tiling(RADEMACHER_BLOCK, warps=8, rounds=4, chunks=2),
 }
 UPDATE: dict[NoiseKind, Tiling] = {
@@ -217,8 +219,9 @@ class Table:
 
     def perturb(self, kind: NoiseKind, draws: Sequence[Draw]) -> None:
         numbers = self._numbers(draws, [])
-        for launched in self._cut(PERTURB[kind], GAUSSIAN=int(kind == "gaussian")):
-            launched.run("perturb", numbers.data_ptr(), _magnitudes(self._device).data_ptr())
+        looked_up = _magnitudes(kind, self._device).data_ptr()
+        for launched in self._cut(PERTURB[kind], GAUSSIAN=int(kind != "rademacher")):
+            launched.run("perturb", numbers.data_ptr(), looked_up)
 
     def update(
         self, kind: NoiseKind, updates: Sequence[StepUpdate], then: Draw | None = None
@@ -226,18 +229,18 @@ class Table:
         stored = {master.dtype for master in masters(self._slices)}
         check_counts(updates)
         draws = [draw for update in updates for draw in _draws(update)]
-        magnitudes = _magnitudes(self._device).data_ptr()
+        looked_up = _magnitudes(kind, self._device).data_ptr()
         if len(draws) == len(stored) == 1:
             once, tiling = Once(updates[0], draws[0], then), UPDATE_ONCE[kind, stored.pop()]
-            for launched in self._cut(tiling, GAUSSIAN=int(kind == "gaussian")):
-                launched.run("update_once", once, magnitudes)
+            for launched in self._cut(tiling, GAUSSIAN=int(kind != "rademacher")):
+                launched.run("update_once", once, looked_up)
             return
         thens = [] if then is None else [then]
         numbers = self._numbers([*draws, *thens], updates)
         steps = numbers.data_ptr() + DRAW.itemsize * (len(draws) + len(thens))
         counts = ctypes.c_int32(len(draws)), ctypes.c_int32(len(thens))
-        for launched in self._cut(UPDATE[kind], GAUSSIAN=int(kind == "gaussian")):
-            launched.run("update", numbers.data_ptr(), steps, *counts, magnitudes)
+        for launched in self._cut(UPDATE[kind], GAUSSIAN=int(kind != "rademacher")):
+            launched.run("update", numbers.data_ptr(), steps, *counts, looked_up)
 
     def low_rank_update(self, factors: Sequence[Factors], update: StepUpdate) -> None:
         check_counts([update])
@@ -457,6 +460,6 @@ def _sent(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
 
 
 @cache
-def _magnitudes(device: torch.device) -> torch.Tensor:
+def _magnitudes(kind: NoiseKind, device: torch.device) -> torch.Tensor:
     """The bits of the magnitudes, int32 [1024]."""
-    return torch.from_numpy(gaussian_magnitudes().view(np.int32).copy()).to(device)
+    return torch.from_numpy(magnitudes(kind).view(np.int32).copy()).to(device)

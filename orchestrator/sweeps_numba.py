@@ -1,6 +1,6 @@
 """Sweeps over slices of parameters on a CPU, compiled by numba: perturb, update, digest.
 
-Owns the fast form of noise version 1 for torch tensors in host memory. A sweep reads and writes
+Owns the noise's fast form for torch tensors in host memory. A sweep reads and writes
 each element once; noise exists only in tiles that stay in the first-level cache. The results are
 the bits that noise.py specifies, whatever the number of threads. It does not know where slices
 come from, what seeds and coefficients mean, or how many threads it should use.
@@ -19,6 +19,7 @@ from orchestrator.noise import (
     DIGEST_BITS_MULTIPLIER,
     DIGEST_INDEX_MULTIPLIER,
     DIGEST_MIX_MULTIPLIERS,
+    FACTOR_UNITS,
     GAUSSIAN_BLOCK,
     PHILOX_KEY_STEPS,
     PHILOX_MULTIPLIERS,
@@ -27,8 +28,8 @@ from orchestrator.noise import (
     NoiseKind,
     Stream,
     TensorRegion,
-    gaussian_magnitudes,
     low_rank_scale,
+    magnitudes,
     split_words,
     tensor_word,
 )
@@ -60,6 +61,7 @@ ROUNDING = np.uint32(Stream.ROUNDING)
 DIGEST_INDEX = np.uint64(DIGEST_INDEX_MULTIPLIER)
 DIGEST_BITS = np.uint64(DIGEST_BITS_MULTIPLIER)
 DIGEST_MIX_0, DIGEST_MIX_1 = (np.uint64(word) for word in DIGEST_MIX_MULTIPLIERS)
+UNITS = np.float32(FACTOR_UNITS)
 FLOAT_ONE_BITS = np.uint32(0x3F800000)
 EXPONENT_BITS = np.uint32(0x7F800000)
 BFLOAT16_NAN = np.uint16(0x7FC0)
@@ -169,8 +171,8 @@ def _update_slice_by_factors(
             _patterns(master),
             _patterns(target),
             _frame(target, part.region),
-            factors.left.numpy(),
-            factors.right.numpy(),
+            factors.left.float().numpy(),  # whole numbers, as are their sums: exact in any order
+            factors.right.float().numpy(),
             low_rank_scale(factors.left.shape[2]),
             np.array(update.coefficients, np.float32),
             np.float32(update.decay),
@@ -191,11 +193,11 @@ def _writable(live: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _patterns(values: torch.Tensor) -> NDArray[Any]:
-    """The memory from a view's first to its last element: bit patterns, uint32 or uint16 [n]."""
+    """The memory from a view's first to its last element: bit patterns, unsigned [n]."""
     rows, columns = values.shape
     length = (rows - 1) * values.stride(0) + columns if values.numel() else 0
     flat = values.as_strided((length,), (1,))
-    pattern = torch.uint32 if values.dtype is torch.float32 else torch.uint16
+    pattern = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[values.itemsize]
     patterns: NDArray[Any] = flat.view(pattern).numpy()
     return patterns
 
@@ -208,8 +210,8 @@ def _frame(values: torch.Tensor, region: TensorRegion) -> Frame:
 
 
 def _source(kind: NoiseKind, region: TensorRegion) -> Source:
-    magnitude_bits = gaussian_magnitudes().view(np.uint32)
-    return Source(kind == "gaussian", np.uint32(tensor_word(region.name)), magnitude_bits)
+    magnitude_bits = magnitudes(kind).view(np.uint32)
+    return Source(kind != "rademacher", np.uint32(tensor_word(region.name)), magnitude_bits)
 
 
 def _keys(seeds: Sequence[int]) -> NDArray[np.uint32]:
@@ -575,10 +577,12 @@ def _load(patterns: NDArray[Any], i: int) -> np.float32:
 
 @compiled
 def _store_nearest(patterns: NDArray[Any], i: int, value: np.float32) -> None:
-    """Store a float32, or the bfloat16 nearest to it (of two, the even one)."""
+    """Store a float32, the bfloat16 nearest to it (of two, the even one), or a factor's int8."""
     bits = np.float32(value).view(np.uint32)
     if patterns.itemsize == 4:
         patterns[i] = bits
+    elif patterns.itemsize == 1:
+        patterns[i] = np.int32(value * UNITS)
     elif np.isnan(value):
         patterns[i] = BFLOAT16_NAN
     else:

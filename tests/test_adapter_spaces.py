@@ -22,6 +22,7 @@ from orchestrator.config import Config, ConfigError
 from orchestrator.engine import Engine
 from orchestrator.lora import LoraSpace
 from orchestrator.low_rank import LowRankSpace
+from orchestrator.noise import NoiseKind
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.space import Space
 from orchestrator.spaces import SpacePlan
@@ -96,9 +97,9 @@ def reference_sums(model: torch.nn.Module) -> list[float]:
     return found
 
 
-def z(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def z(seed: int, name: str, shape: tuple[int, ...], kind: NoiseKind = "gaussian") -> torch.Tensor:
     count = int(np.prod(shape))
-    return torch.from_numpy(noise.draw("gaussian", seed, name, 0, count)).view(shape)
+    return torch.from_numpy(noise.draw(kind, seed, name, 0, count)).view(shape)
 
 
 def peft_model(folder: Path, space: LoraSpace, seed: int, scale: float) -> PeftModel:
@@ -154,9 +155,15 @@ def test_all_probes_in_one_forward_equal_peft(
 
 
 def low_rank_z(seed: int, name: str, shape: tuple[int, int], rank: int) -> torch.Tensor:
-    left = z(seed, f"{name}.u", (shape[0], rank))
-    right = z(seed, f"{name}.v", (rank, shape[1]))
+    left, right = low_rank_factors(seed, name, shape, rank)
     return left @ right / math.sqrt(rank)
+
+
+def low_rank_factors(
+    seed: int, name: str, shape: tuple[int, int], rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    left = z(seed, f"{name}.u", (shape[0], rank), "coarse_gaussian")
+    return left, z(seed, f"{name}.v", (rank, shape[1]), "coarse_gaussian")
 
 
 def matrices(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -208,8 +215,11 @@ def test_low_rank_updates_are_the_explicit_sum(make: Make, model_folders: dict[s
         initial = checkpoint.read(name).numpy()
         total = np.zeros_like(initial)
         for seed, coefficient in ((5, 0.5), (6, -0.25)):
-            left = z(seed, f"{name}.u", (initial.shape[0], 3)).numpy()
-            right = z(seed, f"{name}.v", (3, initial.shape[1])).numpy()
+            shape = (initial.shape[0], initial.shape[1])
+            left, right = (
+                (32 * factor).numpy().astype(np.int8)
+                for factor in low_rank_factors(seed, name, shape, 3)
+            )
             total = total + np.float32(coefficient) * noise.low_rank(left, right)
         expected = initial * np.float32(0.875) + total
         assert np.array_equal(tensor.master.cpu().numpy().reshape(expected.shape), expected)

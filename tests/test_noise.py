@@ -1,4 +1,4 @@
-"""Noise version 1 against golden values, and against what makes it noise."""
+"""Noise against golden values, and against what makes it noise."""
 
 from pathlib import Path
 from statistics import NormalDist
@@ -62,25 +62,39 @@ def test_rounding_bits_are_what_they_were() -> None:
 
 
 def test_low_rank_is_what_it_was() -> None:
-    left = noise.draw("gaussian", 7, f"{NAME}.u", 0, 6).reshape(2, 3)
-    right = noise.draw("gaussian", 7, f"{NAME}.v", 0, 6).reshape(3, 2)
+    left, right = factors(7, NAME, (2, 3, 2))
     assert [float(value).hex() for value in noise.low_rank(left, right).ravel()] == [
-        "0x1.6f41aa0000000p-2",
-        "0x1.98b6ca0000000p+0",
-        "0x1.f796b80000000p-3",
-        "-0x1.fd68c60000000p-2",
+        "0x1.8771880000000p-2",
+        "0x1.9d3d0a0000000p+0",
+        "0x1.e2aa320000000p-3",
+        "-0x1.0213580000000p-1",
     ]
 
 
-def test_low_rank_adds_products_in_the_order_of_the_ranks() -> None:
-    left = np.array([[2.0**24, 1, -(2.0**24)], [2.0**24, -(2.0**24), 1]], np.float32)
-    z = noise.low_rank(left, np.ones((3, 1), np.float32))
-    assert z.tolist() == [[0.0], [float(noise.low_rank_scale(3))]]
+def factors(
+    seed: int, name: str, shape: tuple[int, int, int]
+) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    rows, rank, columns = shape
+    left = 32 * noise.draw("coarse_gaussian", seed, f"{name}.u", 0, rows * rank)
+    right = 32 * noise.draw("coarse_gaussian", seed, f"{name}.v", 0, rank * columns)
+    return left.astype(np.int8).reshape(rows, rank), right.astype(np.int8).reshape(rank, columns)
+
+
+def test_low_rank_products_are_exact() -> None:
+    extreme = np.full((1, 256), 112, np.int8)
+    z = noise.low_rank(extreme, extreme.T)
+    assert z.tolist() == [[256 * (112 / 32) ** 2 / 16]]
+
+
+def test_coarse_noise_is_the_nearest_of_8_bits() -> None:
+    fine = noise.draw("gaussian", 5, NAME, 77, SAMPLES)
+    coarse = noise.draw("coarse_gaussian", 5, NAME, 77, SAMPLES)
+    assert np.array_equal(coarse * 32, np.rint(fine * 32)) and np.abs(coarse).max() * 32 == 112
+    assert abs(np.mean(noise.magnitudes("coarse_gaussian").astype(float) ** 2) - 1) < 3e-4
 
 
 def test_low_rank_has_unit_variance() -> None:
-    left = noise.draw("gaussian", 7, "a.u", 0, 300 * 16).reshape(300, 16)
-    right = noise.draw("gaussian", 7, "a.v", 0, 16 * 300).reshape(16, 300)
+    left, right = factors(7, "a", (300, 16, 300))
     mean, variance, _, _ = _moments(noise.low_rank(left, right))
     assert abs(mean) < 0.01
     assert abs(variance - 1) < 0.1

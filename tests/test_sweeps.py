@@ -25,6 +25,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NAME = "model.layers.0.mlp.down_proj.weight"
 SEED = 0xFEDCBA9876543210
 KINDS: tuple[NoiseKind, ...] = ("gaussian", "rademacher")
+FACTOR_KINDS: tuple[NoiseKind, ...] = ("coarse_gaussian", "rademacher")
 MASTERS = (torch.float32, torch.bfloat16)
 LIVES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -157,8 +158,11 @@ def _step(
 
 def _factors(shape: Shape, count: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    left = torch.randn(count, shape.rows, rank, generator=generator)
-    return left, torch.randn(count, rank, shape.columns, generator=generator)
+    shapes = (count, shape.rows, rank), (count, rank, shape.columns)
+    left, right = (
+        torch.randint(-112, 113, size, generator=generator, dtype=torch.int8) for size in shapes
+    )
+    return left, right
 
 
 def check_perturb(
@@ -193,6 +197,17 @@ def check_update(
     what = f"{shape} {kind} {stored} {served} n={count}"
     _assert_same_bits(master, expected_master, f"master of {what}")
     _assert_same_bits(buffer, expected, f"live of {what}")
+
+
+def check_factors(sweeps: Sweeps, shape: Shape, kind: NoiseKind) -> None:
+    """Factors are drawn as whole numbers of 8 bits, and around them nothing is written."""
+    width = shape.left_margin + shape.columns + shape.right_margin
+    buffer = torch.full((shape.rows, width), -128, dtype=torch.int8)
+    expected = buffer.clone()
+    _view(expected, shape).copy_(torch.from_numpy(32 * _noise(kind, SEED, shape)))
+    table = sweeps.Table([Slice(shape.region, None, _view(buffer, shape))])
+    table.perturb(kind, [Draw(SEED, 1.0)])
+    assert torch.equal(buffer, expected), f"{shape} {kind}"
 
 
 def check_low_rank_update(
@@ -429,6 +444,13 @@ def test_numba_keeps_infinities_and_nan() -> None:
     check_infinities_and_nan_survive(sweeps_numba)
 
 
+@pytest.mark.parametrize("kind", FACTOR_KINDS)
+def test_numba_draws_factors_of_8_bits(kind: NoiseKind) -> None:
+    for shape in (*SLICES, LONG_SLICE):
+        check_factors(sweeps_numba, shape, kind)
+        check_perturb(sweeps_numba, shape, kind, torch.float32, torch.bfloat16)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_do_not_change_results(kind: NoiseKind) -> None:
     threads = numba.get_num_threads()
@@ -470,6 +492,9 @@ def test_layouts_that_would_be_misread_are_refused() -> None:
         sweeps_numba.Table([Slice(region, None, live)]).update("gaussian", [])
 
 
+EIGHT_BITS = torch.zeros(2, 2, 6).char()
+
+
 @pytest.mark.parametrize(
     ("left", "right", "complaint"),
     [
@@ -480,11 +505,12 @@ def test_layouts_that_would_be_misread_are_refused() -> None:
         (torch.zeros(2, 4, 0), torch.zeros(2, 0, 6), "do not fit"),
         (torch.zeros(4, 2), torch.zeros(2, 6), "do not fit"),
         (torch.tensor(1.0), torch.tensor(1.0), "do not fit"),
-        (torch.zeros(2, 4, 2).double(), torch.zeros(2, 2, 6), "contiguous float32 on cpu"),
-        (torch.zeros(2, 4, 2), torch.zeros(2, 2, 6).half(), "contiguous float32 on cpu"),
-        (torch.zeros(2, 2, 4).mT, torch.zeros(2, 2, 6), "contiguous float32 on cpu"),
-        (torch.zeros(2, 4, 2), torch.zeros(2, 2, 12)[:, :, ::2], "contiguous float32 on cpu"),
-        (torch.zeros(2, 4, 2, device="meta"), torch.zeros(2, 2, 6), "contiguous float32 on cpu"),
+        (torch.zeros(2, 4, 2).double(), EIGHT_BITS, "contiguous int8 on cpu"),
+        (torch.zeros(2, 4, 2).char(), EIGHT_BITS.half(), "contiguous int8 on cpu"),
+        (torch.zeros(2, 2, 4).char().mT, EIGHT_BITS, "contiguous int8 on cpu"),
+        (torch.zeros(2, 4, 2).char(), EIGHT_BITS.repeat(1, 1, 2)[:, :, ::2], "contiguous int8"),
+        (torch.zeros(2, 4, 2).char().to("meta"), EIGHT_BITS, "contiguous int8 on cpu"),
+        (torch.zeros(2, 4, 257), torch.zeros(2, 257, 6), "do not fit"),
     ],
 )
 def test_factors_that_do_not_fit_are_refused(
@@ -501,6 +527,9 @@ def test_cuda_kernels_are_the_specification(tmp_path: Path) -> None:
     """Every check, on the kernels' source as the host's compiler makes functions of it."""
     cuda = HostSweeps(tmp_path)
     ragged = SLICES[2]
+    for shape, kind in product(SLICES, FACTOR_KINDS):
+        check_factors(cuda, shape, kind)
+        check_perturb(cuda, shape, kind, torch.float32, torch.bfloat16)
     for kind, stored, served in product(KINDS, MASTERS, LIVES):
         check_perturb(cuda, ragged, kind, stored, served)
         check_update(cuda, ragged, kind, stored, served, 1)
@@ -508,7 +537,7 @@ def test_cuda_kernels_are_the_specification(tmp_path: Path) -> None:
     for shape, kind, stored in product((*SLICES, LONG_SLICE), KINDS, MASTERS):
         check_perturb(cuda, shape, kind, stored, torch.bfloat16)
         check_update(cuda, shape, kind, stored, torch.float32, 3)
-    for shape, stored, rank in product((*SLICES, TALL_SLICE), MASTERS, (4, 5)):
+    for shape, stored, rank in product((*SLICES, TALL_SLICE), MASTERS, (4, 5, 8)):
         for count in (0, 3):
             check_low_rank_update(cuda, shape, stored, torch.bfloat16, count, rank)
     for shape, served in product((*SLICES, LONG_SLICE), LIVES):

@@ -19,6 +19,7 @@ from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.driver import Driver
 from orchestrator.local import LocalFleet
+from orchestrator.noise import NoiseKind
 from orchestrator.seed_sync import Header, Ledger
 
 STEPS = 20
@@ -99,8 +100,10 @@ def plain_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
     rows = [json.loads(line) for line in Path(config.task.train.path).read_text().splitlines()]
     settings, space, seen = config.estimator, config.space, []
 
-    def draw(seed: int, name: str, shape: Sequence[int]) -> torch.Tensor:
-        drawn = noise.draw(settings.noise, seed, name, 0, math.prod(shape))
+    def draw(
+        seed: int, name: str, shape: Sequence[int], kind: NoiseKind = settings.noise
+    ) -> torch.Tensor:
+        drawn = noise.draw(kind, seed, name, 0, math.prod(shape))
         return torch.from_numpy(drawn).reshape(tuple(shape))
 
     def z(seed: int, name: str, step: int) -> torch.Tensor:
@@ -108,8 +111,10 @@ def plain_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
         if space.kind != "low_rank" or not is_matrix(name, weights[name]):
             return draw(seed, name, shape)
         kept = noise.derive_seed(config.run.seed, step - step % space.refresh, 2**32 - 1)
-        left = draw(seed, f"{name}.u", (shape[0], space.rank))
-        right = draw(kept if space.refresh > 1 else seed, f"{name}.v", (space.rank, shape[1]))
+        factors = noise.factor_kind(settings.noise)
+        right_seed = kept if space.refresh > 1 else seed
+        left = draw(seed, f"{name}.u", (shape[0], space.rank), factors)
+        right = draw(right_seed, f"{name}.v", (space.rank, shape[1]), factors)
         return left @ right / math.sqrt(space.rank)
 
     def loss(seed: int, scale: float, examples: list[int], step: int) -> float:

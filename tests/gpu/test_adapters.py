@@ -30,11 +30,12 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("master_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [1, 4, 8])
+@pytest.mark.parametrize("rank", [1, 4, 8, 16])
 def test_low_rank_updates_equal_the_cpus(master_dtype: torch.dtype, rank: int) -> None:
     torch.manual_seed(0)
     master = (0.05 * torch.randn(37, 413)).to(master_dtype)
-    left, right = torch.randn(5, 37, rank), torch.randn(5, rank, 413)
+    left = torch.randint(-112, 113, (5, 37, rank), dtype=torch.int8)
+    right = torch.randint(-112, 113, (5, rank, 413), dtype=torch.int8)
     region = TensorRegion("model.layers.0.mlp.up_proj.weight", 5003, 1000)
     results = []
     for sweeps, device in ((sweeps_numba, "cpu"), (sweeps_cuda, "cuda")):
