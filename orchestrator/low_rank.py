@@ -1,8 +1,9 @@
 """The low-rank space: all matrices are trained, perturbed by noise that is a product of factors.
 
 For a matrix of shape [outputs, inputs] z = u v / sqrt(rank), with u [outputs, rank] and
-v [rank, inputs] drawn as tensors of their own, in whole numbers of 1 / 32. A perturbation is thus an adapter over the shared
-weights, so that one forward evaluates many; their sum, the update, has full rank.
+v [rank, inputs] drawn as tensors of their own, in whole numbers of 1 / 32. A perturbation is thus
+an adapter over the shared weights, so that one forward evaluates many; their sum, the update, has
+full rank.
 EGGROLL, Sarkar et al. 2025; LOZO, Chen et al. 2024, which keeps v for some steps.
 
 Owns the matrices' master. Perturbing and updating draw factors by one function. Knows nothing of

@@ -133,7 +133,7 @@ def magnitudes(kind: NoiseKind) -> NDArray[np.float32]:
     if kind != "coarse_gaussian":
         return gaussian_magnitudes()
     units = np.float32(FACTOR_UNITS)
-    coarse = np.rint(gaussian_magnitudes() * units) / units
+    coarse: NDArray[np.float32] = np.rint(gaussian_magnitudes() * units) / units
     coarse.setflags(write=False)
     return coarse
 
@@ -141,7 +141,8 @@ def magnitudes(kind: NoiseKind) -> NDArray[np.float32]:
 def draw(kind: NoiseKind, seed: int, name: str, start: int, count: int) -> NDArray[np.float32]:
     """Noise z of the elements start .. start + count of tensor `name`: float32 [count].
 
-    All kinds have mean 0 and variance 1, coarse noise to 3 in 10,000. The seed is an integer in [0, 2**64).
+    All kinds have mean 0 and variance 1, coarse noise to 3 in 10,000. The seed is an integer in
+    [0, 2**64).
     """
     index = _indices(start, count)
     key = split_words(seed)
