@@ -142,6 +142,9 @@ class Fleet(Protocol):
         self, split: Split, examples: Sequence[int], *, calibrated: bool = False
     ) -> list[ChunkScores]: ...
 
+    def linear_probe(self) -> list[ExampleScore]:
+        """Held-out rows by a logistic regression on hidden states, all in one replica."""
+
     def digests(self) -> dict[str, str]: ...
 
     def export(self, folder: Path) -> None: ...
