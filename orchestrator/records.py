@@ -38,7 +38,8 @@ class ProbeLoss:
 
 @dataclass(frozen=True, slots=True)
 class StepUpdate:
-    """All that a replica needs to take one step: master = master * decay + sum_i c_i * z(seed_i).
+    """All that a replica needs to take one step: master = master * decay + sum_i c_i * z(seed_i);
+    the recipe may have it decay towards its first value (`space.Trained`).
 
     Coefficients and decay are float32 values, so that they mean the same on every machine.
     """

@@ -111,8 +111,8 @@ def branch(folder: Path, new_folder: Path, overrides: Sequence[str]) -> Run:
     if culprit is not None:
         raise ConfigError(
             f"{culprit}: the steps that a fork takes over depend on this key; space (but for "
-            "space.slots, and space.master between float32 and host), estimator.noise and, unless "
-            "space.kind is dense, run.seed must stay"
+            "space.slots, and space.master between float32 and host), estimator.noise, "
+            "estimator.decay_towards and, unless space.kind is dense, run.seed must stay"
         )
     return _checked(load(path, overrides), new_folder)
 
@@ -135,7 +135,8 @@ def _meaning(config: Config) -> tuple[object, ...]:
     if space["master"] == "host":  # the bits are those of float32
         space["master"] = "float32"
     drawn_from = None if config.space.kind == "dense" else config.run.seed
-    return space, config.estimator.noise, drawn_from
+    estimator = config.estimator
+    return space, estimator.noise, estimator.decay_towards, drawn_from
 
 
 def _checked(config: Config, folder: Path) -> Run:

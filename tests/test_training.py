@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import DEVICE, write_questions
+from numpy.typing import NDArray
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +20,7 @@ from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.driver import Driver
 from orchestrator.local import LocalFleet
+from orchestrator.records import StepUpdate
 from orchestrator.seed_sync import Header, Ledger
 
 STEPS = 20
@@ -224,6 +226,72 @@ def train(config: Config, path: Path) -> list[bytes]:
         Driver(config, fleet, ledger, [], batches=Batches(config, 40), num_test=50).train()
     fleet.close()
     return path.read_bytes().splitlines(keepends=True)[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", [{}, LORA, PREFIX, {**LOW_RANK, "others": "dense"}])
+def test_decay_towards_the_start_is_its_formula_bit_for_bit(
+    space: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Replayed in numpy from the ledger, on two replicas, resumed, and taken one by one."""
+    values = yaml.safe_load(yaml.safe_dump(recipe))
+    values["space"] = space
+    decay = {"weight_decay": 20.0, "decay_towards": "start", "lr": 1e-2, "momentum": 0.5}
+    values["estimator"] |= {**decay, "schedule": "cosine"}
+    values["run"]["steps"] = 6
+    config = Config.model_validate(values)
+    path, cut = tmp_path / "one.jsonl", tmp_path / "cut.jsonl"
+    whole = train(config, path)
+    cut.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+    values["fleet"]["num_replicas"] = 2
+    assert train(Config.model_validate(values), cut) == whole
+
+    updates = [record.update() for record in Ledger.read(path)[1]]
+    assert len({update.decay for update in updates}) > 3
+    assert min(update.decay for update in updates) < 0.9
+    found = []
+    for at_once in (True, False):
+        fleet = LocalFleet(config, DEVICE)
+        fleet.start()
+        trained: Any = fleet._replicas[0].space
+        tensors = {tensor.region.name: tensor for tensor in trained.tensors}
+        first = {name: tensor.master.cpu().numpy().copy() for name, tensor in tensors.items()}
+        for update in updates:
+            fleet.apply(update)
+            if not at_once:
+                fleet.digests()
+        found.append(fleet.digests())
+        for name, start in first.items():
+            expected = anchored(config, name, start, updates)
+            assert np.array_equal(tensors[name].master.cpu(), expected), name
+            assert not np.array_equal(start, expected)
+        fleet.close()
+    assert found[0] == found[1]
+
+
+def anchored(
+    config: Config, name: str, start: NDArray[np.float32], updates: Sequence[StepUpdate]
+) -> NDArray[np.float32]:
+    """The steps of a whole tensor, [rows, columns] or [1, n], in numpy's float32."""
+    rank, kind = config.space.rank, config.estimator.noise
+
+    def z(seed: int) -> NDArray[np.float32]:
+        if config.space.kind != "low_rank" or "_proj." not in name:
+            return noise.draw(kind, seed, name, 0, start.size).reshape(start.shape)
+        rows, columns = start.shape
+        left = noise.draw(kind, seed, f"{name}.u", 0, rows * rank).reshape(rows, rank)
+        right = noise.draw(kind, seed, f"{name}.v", 0, rank * columns).reshape(rank, columns)
+        return noise.low_rank(left, right)
+
+    value = start
+    for update in updates:
+        if update.decay != 1:
+            value = (value - start) * np.float32(update.decay) + start
+        total = np.zeros_like(start)
+        for seed, coefficient in zip(update.seeds, update.coefficients, strict=True):
+            total = total + np.float32(coefficient) * z(seed)
+        value = value + total
+    return value
 
 
 @pytest.mark.slow
