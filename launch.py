@@ -6,6 +6,7 @@
   python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
   python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
   python launch.py eval configs/demo.yaml task.demonstrations=8 --calibrated --out in_context.jsonl
+  python launch.py eval configs/demo.yaml --linear-probe --out probe.jsonl
   python launch.py export runs/demo-20260101-120000 tuned     a folder that others load
   python launch.py report runs/demo-20260101-120000           its course as one HTML page
   python launch.py inspect runs/demo-20260101-120000          what its ledger holds
@@ -55,6 +56,7 @@ def main() -> int:
                 trained=Path(arguments.source).is_dir(),
                 at=arguments.at,
                 calibrated=arguments.calibrated,
+                linear_probe=arguments.linear_probe,
             )
         return DONE
     except ConfigError as error:
@@ -157,6 +159,11 @@ def _parse() -> argparse.Namespace:
         "--calibrated",
         action="store_true",
         help="choose among options by how much the row speaks for each (surface form competition)",
+    )
+    evaluate.add_argument(
+        "--linear-probe",
+        action="store_true",
+        help="choose by a logistic regression on final hidden states, fitted to the training rows",
     )
     evaluate.add_argument("--at", type=_at, metavar="STEP|best", help=AT_HELP)
     export = commands.add_parser(

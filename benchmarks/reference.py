@@ -1,10 +1,10 @@
 """MeZO as its authors run it (Malladi et al. 2023, Algorithm 1), written plainly on transformers.
 
-What our steps are measured against. As there: the model's own precision is the only one, noise
-is drawn tensor by tensor from torch's generator and drawn again for each of a step's four passes
-over the parameters, a perturbation is undone by arithmetic, and a batch of options is padded on
-the left to its longest. Passes make the copies that the authors' expressions make. One thing is
-faster here than there: batches lie on the device before a step begins.
+What our steps and evaluations are measured against. As there: the model's own precision is the
+only one, noise is drawn tensor by tensor from torch's generator and drawn again for each of a
+step's four passes over the parameters, a perturbation is undone by arithmetic, and a batch of
+options is padded on the left to its longest. Passes make the copies that the authors' expressions
+make. One thing is faster here than there: batches lie on the device before a step begins.
 
 Knows nothing of our engine.
 """
@@ -86,6 +86,19 @@ def options(
         scored=torch.tensor(scored, device=device),
         labels=torch.tensor(labels, device=device),
     )
+
+
+@torch.inference_mode()
+def candidate_score(
+    model: nn.Module, tokens: Sequence[int], span: tuple[int, int], device: str
+) -> float:
+    """Mean log-probability of a candidate, tokens start..end of a row's text, by a forward of its
+    own: their evaluation scores one row and one candidate at a time."""
+    inputs = torch.tensor([list(tokens)], device=device)
+    logits = model(input_ids=inputs).logits[0, :-1]
+    logprobs = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+    chosen = logprobs.gather(-1, inputs[0, 1:, None])[:, 0]
+    return float(chosen[span[0] - 1 : span[1] - 1].mean())
 
 
 def build(config: Any, *, dtype: torch.dtype, device: str, lora: bool = False) -> nn.Module:

@@ -19,6 +19,7 @@ from orchestrator import dist_patch, environment, output
 from orchestrator.config import Config, ConfigError
 from orchestrator.records import (
     ChunkScores,
+    ExampleScore,
     FleetError,
     Probe,
     ProbeLoss,
@@ -60,6 +61,9 @@ class ReplicaActor:
         calibrated: bool,
     ) -> list[ChunkScores]:
         return [self._replica.score(updates, split, examples, calibrated)]
+
+    def linear_probe(self, updates: Sequence[StepUpdate]) -> list[ExampleScore]:
+        return self._replica.linear_probe(updates)
 
     def digest(self, updates: Sequence[StepUpdate]) -> str:
         return self._replica.digest(updates)
@@ -174,6 +178,9 @@ class ActorFleet:
             )
 
         return self._dispatch([assign(chunk) for chunk in example_chunks(examples)])
+
+    def linear_probe(self) -> list[ExampleScore]:
+        return self._dispatch([lambda seat: seat.actor.linear_probe.remote(self._missing(seat))])
 
     def digests(self) -> dict[str, str]:
         return self._gather(

@@ -146,6 +146,8 @@ class Estimator(Section):
     warmup_steps: NonNegative = 0
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled: a step multiplies the weights by 1 - lr * weight_decay."""
+    decay_towards: Literal["zero", "start"] = "zero"
+    """start: it multiplies their distance from the run's first weights, which are kept for that."""
     clip: PositiveFloat | None = None
     """Bound on a seed's projected gradient |g|; None: as it is."""
     second_moment: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -366,6 +368,12 @@ class Config(Section):
             )
         if self.model.device == "cpu" and self.space.master == "host":
             raise ValueError("space.master: host: a CPU's memory is the host's; use float32")
+        if self.estimator.decay_towards == "start" and self.space.master != "float32":
+            raise ValueError(
+                f"estimator.decay_towards: start: wants space.master=float32, not "
+                f"{self.space.master}: bfloat16 would be rounded twice a step, and the first "
+                "weights are kept beside a master on its own device"
+            )
         if self.estimator.momentum and self.space.refresh > 1:
             raise ValueError(
                 f"estimator.momentum: {self.estimator.momentum}: space.refresh="

@@ -33,9 +33,11 @@ class DenseSpace:
         noise: NoiseKind,
         master_dtype: torch.dtype,
         host_of: nn.Module | None = None,
+        anchored: bool = False,
     ) -> None:
-        """With `host_of`, the model on a CUDA device whose parameters the live tensors are, the
-        master lies in the host's memory, in float32."""
+        """`anchored`: decay is towards the first values, see space.Trained. With `host_of`, the
+        model on a CUDA device whose parameters the live tensors are, the master lies in the host's
+        memory, in float32."""
         device = tensors[0].live.device
         self._host: HostTable | None = None
         self._layers: list[nn.Module] = []
@@ -58,6 +60,7 @@ class DenseSpace:
             ],
             noise,
             self._host,
+            anchored=anchored,
         )
 
     @property

@@ -31,13 +31,14 @@ from orchestrator.prefix_slots import PrefixPlan, PrefixSlots
 from orchestrator.runner import ALONE, Runner, World
 from orchestrator.sampling import Continuation, Decode, Sampling
 from orchestrator.score_graphs import TOKEN_STEP, ScoreGraphs, Shape
-from orchestrator.score_plan import PlanBatch, Row, ScorePlan, Scores
+from orchestrator.score_plan import PlanBatch, Prompt, Row, ScorePlan, Scores
 
 MAX_BATCH_SEQUENCES = 256
 # Rows that a decoding graph is for. A step reads all weights, so padding costs next to nothing, and
 # every graph costs start time.
 DECODE_GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MAX_BATCH_SEQUENCES)
 MAX_ROWS_PER_SOFTMAX = 1024  # bounds the float32 logits that exist at one time
+UNUSED = 0  # a token to score, where none is
 FALLBACK_CLASSES = "Transformers"  # how SGLang's names for transformers' own models begin
 
 
@@ -53,7 +54,7 @@ class Launched:
 class ScoringHead(nn.Module):
     """Stands in for a model's logits processor: logits only at the rows that are scored.
 
-    Outside of `scoring(...)` it is the original.
+    Outside of `scoring(...)` and `showing(...)` it is the original.
     """
 
     def __init__(self, original: Any) -> None:
@@ -61,6 +62,7 @@ class ScoringHead(nn.Module):
         self.original: Any = original
         self._rows: torch.Tensor | None = None
         self._tokens: torch.Tensor | None = None
+        self._shown: torch.Tensor | None = None
 
     @contextmanager
     def scoring(self, rows: torch.Tensor, tokens: torch.Tensor) -> Iterator[None]:
@@ -71,6 +73,15 @@ class ScoringHead(nn.Module):
         finally:
             self._rows = self._tokens = None
 
+    @contextmanager
+    def showing(self, rows: torch.Tensor) -> Iterator[None]:
+        """Give the hidden states at these rows (int64), behind the final norm, and no logits."""
+        self._shown = rows
+        try:
+            yield
+        finally:
+            self._shown = None
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -80,6 +91,9 @@ class ScoringHead(nn.Module):
         *others: Any,
         **named: Any,
     ) -> LogitsProcessorOutput:
+        if self._shown is not None:
+            shown = hidden_states[self._shown].float()
+            return LogitsProcessorOutput(next_token_logits=None, hidden_states=shown)
         if self._rows is None or self._tokens is None:
             return self.original(input_ids, hidden_states, lm_head, metadata, *others, **named)
         if isinstance(metadata, ForwardBatch):
@@ -275,6 +289,25 @@ class Engine:
         ]
 
     @torch.no_grad()
+    def last_hidden(
+        self, sequences: Sequence[Sequence[int]], adapter: str | None = None
+    ) -> torch.Tensor:
+        """The final hidden state, behind the final norm, at each sequence's last token.
+
+        float32 [sequences, hidden size], on the CPU. Nothing is looked up or kept. Raises
+        ValueError for a sequence of no tokens, ConfigError for one that does not fit the KV pool.
+        """
+        if not sequences or not all(sequences):
+            raise ValueError("a sequence has no tokens, or there is none")
+        self._runner.activate()
+        shown = []
+        for batch in self._split([len(tokens) for tokens in sequences]):
+            last = [(tuple(sequences[index]), len(sequences[index]) - 1) for index in batch]
+            rows = [Row(adapter, Prompt(tokens, {(end, UNUSED): None})) for tokens, end in last]
+            shown.append(self._forward(rows, None, hidden=True)[0].cpu())
+        return torch.cat(shown)
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -345,8 +378,11 @@ class Engine:
                 "lower task.max_length"
             )
 
-    def _forward(self, rows: Sequence[Row], namespace: str | None) -> tuple[torch.Tensor, int]:
-        """The rows' targets' log-probabilities, and the tokens that were reused."""
+    def _forward(
+        self, rows: Sequence[Row], namespace: str | None, *, hidden: bool = False
+    ) -> tuple[torch.Tensor, int]:
+        """The rows' targets' log-probabilities, or the hidden states that these are computed from,
+        and the tokens that were reused."""
         requests: list[Req] = []
         scored = False
         try:
@@ -361,7 +397,9 @@ class Engine:
                 for row, request in zip(rows, requests, strict=True)
             ]
             forward_batch = self._pools.forward_batch(self._pools.schedule(requests))
-            with self._head.scoring(*self._targets(rows, reused)):
+            positions, tokens = self._targets(rows, reused)
+            head = self._head
+            with head.showing(positions) if hidden else head.scoring(positions, tokens):
                 output = self._runner.forward(forward_batch)
             scored = True
         finally:
@@ -369,7 +407,7 @@ class Engine:
             keep = namespace is not None and scored
             for row, request in zip(rows, requests, strict=False):
                 self._pools.release(request, keep and self._pools.prefix(row.adapter) is None)
-        return output.input_token_logprobs, sum(reused)
+        return output.hidden_states if hidden else output.input_token_logprobs, sum(reused)
 
     def _replayed(self, batch: PlanBatch) -> torch.Tensor | None:
         """The batch's log-probabilities, by a graph; None where there is none for it."""

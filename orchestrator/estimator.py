@@ -5,7 +5,8 @@ rounding to float32. Knows neither who computed a loss nor what a parameter is.
 
 `gradients` has a number g_i a seed from the losses. A step is then, over the n seeds that are kept,
     theta = (1 - lr * weight_decay) * theta + sum_i c_i z_i,  c_i = -lr / n * g_i / scale
-where scale is 1, or with `second_moment` beta, after Dbouk et al. 2026 (MEAZO, arXiv 2605.03869),
+or with `decay_towards` start the decay is of theta's distance from its first value. The scale is 1,
+or with `second_moment` beta, after Dbouk et al. 2026 (MEAZO, arXiv 2605.03869),
     v = beta * v + (1 - beta) * mean_i g_i^2,  scale = sqrt(v / (1 - beta^t)) + 1e-8.
 The paper squares the mean of the g_i; their signs are those of the z_i, so arbitrary, and the mean
 of the squares does not shrink with n. For one seed the two are the same.

@@ -10,6 +10,7 @@ from pathlib import Path
 from orchestrator.config import Config
 from orchestrator.records import (
     ChunkScores,
+    ExampleScore,
     Probe,
     ProbeLoss,
     ReplicaInfo,
@@ -56,6 +57,9 @@ class LocalFleet:
             self._replicas[index].score(self._missing(index), split, chunk, calibrated)
             for index, chunk in zip(self._turns(), example_chunks(examples), strict=False)
         ]
+
+    def linear_probe(self) -> list[ExampleScore]:
+        return self._replicas[0].linear_probe(self._missing(0))
 
     def digests(self) -> dict[str, str]:
         return {

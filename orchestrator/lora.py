@@ -36,6 +36,7 @@ class LoraSpace(SlottedSpace):
         seed: int,
         initial: Initial | None = None,
         train: Literal["A+B", "B"] = "A+B",
+        anchored: bool = False,
     ) -> None:
         """Start from the `initial` factors, by canonical name, or from PEFT's, drawn by `seed`.
 
@@ -54,7 +55,7 @@ class LoraSpace(SlottedSpace):
                     view.copy_(value[factor.shard.cells])
             else:
                 tensors.append(SlottedTensor(factor.name, factor.shard, value, factor.views))
-        super().__init__(slots.names, tensors, noise_kind)
+        super().__init__(slots.names, tensors, noise_kind, anchored)
 
     def export(self, base: Path, folder: Path) -> None:
         factors = itertools.chain(self._frozen.items(), self.values())

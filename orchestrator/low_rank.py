@@ -62,6 +62,7 @@ class LowRankSpace:
         run_seed: int,
         refresh: int = 1,
         train_others: bool = False,
+        anchored: bool = False,
     ) -> None:
         self._noise = noise_kind
         self._slots = slots.names
@@ -79,8 +80,9 @@ class LowRankSpace:
                 others.append(_trained(tensor, master_dtype))
         drawn = [region for each in self._matrices for region in (each.left, each.right)]
         check_words([*(t.region.name for t in tensors), *(each.name for each in drawn)])
-        self._others = Trained(others, noise_kind)
-        self._trained = Trained([matrix.tensor for matrix in self._matrices], noise_kind)
+        matrices = [matrix.tensor for matrix in self._matrices]
+        self._others = Trained(others, noise_kind, anchored=anchored)
+        self._trained = Trained(matrices, noise_kind, anchored=anchored)
         self._draws: dict[int, Table] = {}
         self._factors: tuple[list[Factors], Table] | None = None
 

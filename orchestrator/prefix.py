@@ -37,6 +37,7 @@ class PrefixSpace(SlottedSpace):
         noise_kind: NoiseKind,
         seed: int,
         initial: torch.Tensor | None = None,
+        anchored: bool = False,
     ) -> None:
         """Start from `initial`, laid out as PEFT does, or from values drawn by `seed`.
 
@@ -51,7 +52,7 @@ class PrefixSpace(SlottedSpace):
             SlottedTensor(tensor.name, tensor.shard, value, tensor.views)
             for tensor, value in zip(slots.tensors, values, strict=True)
         ]
-        super().__init__(slots.names, tensors, noise_kind)
+        super().__init__(slots.names, tensors, noise_kind, anchored)
 
     def export(self, base: Path, folder: Path) -> None:
         write_prefix(base, folder, self._num_heads, self.values())

@@ -38,7 +38,8 @@ class ProbeLoss:
 
 @dataclass(frozen=True, slots=True)
 class StepUpdate:
-    """All that a replica needs to take one step: master = master * decay + sum_i c_i * z(seed_i).
+    """All that a replica needs to take one step: master = master * decay + sum_i c_i * z(seed_i);
+    the recipe may have it decay towards its first value (`space.Trained`).
 
     Coefficients and decay are float32 values, so that they mean the same on every machine.
     """
@@ -141,6 +142,9 @@ class Fleet(Protocol):
     def score(
         self, split: Split, examples: Sequence[int], *, calibrated: bool = False
     ) -> list[ChunkScores]: ...
+
+    def linear_probe(self) -> list[ExampleScore]:
+        """Held-out rows by a logistic regression on hidden states, all in one replica."""
 
     def digests(self) -> dict[str, str]: ...
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numba
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from orchestrator import answers, checkpoint, tasks
@@ -206,20 +208,37 @@ class Replica:
                 tuple(without_prior([given.sum for given in row], [alone.sum for alone in other]))
                 for row, other in zip(options, others, strict=True)
             ]
-        chosen = [max(range(len(row)), key=row.__getitem__) for row in values]
         scores = [
-            ExampleScore(
-                id=id,
-                # what is not finite chooses nothing
-                value=float(option_accuracy(row, (e.label, *e.also_right)) == 1),
-                label=e.label,
-                also_right=e.also_right,
-                scores=row,
-                prediction=best,
-            )
-            for id, e, row, best in zip(examples, encodings, values, chosen, strict=True)
+            _choice(id, encoding, row)
+            for id, encoding, row in zip(examples, encodings, values, strict=True)
         ]
         return ChunkScores(tuple(scores), num_tokens + num_warm, num_reused)
+
+    def linear_probe(self, updates: Sequence[StepUpdate]) -> list[ExampleScore]:
+        """What a logistic regression on the trained state's final hidden states chooses.
+
+        Fitted here, to the training rows' states at their prompts' last tokens, so that no state
+        crosses processes. For tasks that `linear_probe.check` lets pass.
+        """
+        from orchestrator import linear_probe  # scikit-learn takes seconds to import
+
+        self._catch_up(updates)
+        self.space.settle()
+        train = self._encoder.encode("train", range(len(self._data.train)))
+        test = self._encoder.encode("test", range(len(self._data.test)))
+        scores = linear_probe.fitted_scores(
+            self._hidden(train), [each.label for each in train], self._hidden(test)
+        ).tolist()
+        return [
+            _choice(id, encoding, tuple(row))
+            for id, (encoding, row) in enumerate(zip(test, scores, strict=True))
+        ]
+
+    def _hidden(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
+        """Final hidden states at the prompts' last tokens: [examples, hidden size]."""
+        prompts = [encoding.sequences[0][: encoding.spans[0][0]] for encoding in encodings]
+        states: NDArray[np.float32] = self.engine.last_hidden(prompts, self.space.adapter).numpy()
+        return states
 
     def _scored(
         self, encodings: Sequence[Encoding], namespace: str | None = None
@@ -358,6 +377,19 @@ class Replica:
             ]
             for answer in self.engine.read(plan, launches)
         ]
+
+
+def _choice(id: int, encoding: Encoding, scores: tuple[float, ...]) -> ExampleScore:
+    """The best-scored option of an example, and whether it is right."""
+    return ExampleScore(
+        id=id,
+        # what is not finite chooses nothing
+        value=float(option_accuracy(scores, (encoding.label, *encoding.also_right)) == 1),
+        label=encoding.label,
+        also_right=encoding.also_right,
+        scores=scores,
+        prediction=max(range(len(scores)), key=scores.__getitem__),
+    )
 
 
 def _num_tokens(prompts: Sequence[Sequence[int]], found: Sequence[Continuation]) -> int:

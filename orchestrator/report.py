@@ -17,12 +17,13 @@ import numpy as np
 from orchestrator import charts, metrics
 from orchestrator.charts import Points
 from orchestrator.config import Config, ConfigError, Section, load
-from orchestrator.evaluate import interval
-from orchestrator.metrics import Evaluation, Summary
+from orchestrator.evaluate import SHARES, interval
+from orchestrator.metrics import Evaluation, Interval, Summary
 from orchestrator.seed_sync import Header, Ledger
 
 FOLDER, PAGE = "report", "index.html"
 STYLE = Path(__file__).with_suffix(".css")
+METRICS = {"f1": "F1", "exact_match": "exact match"}  # how the page calls them, if not by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,9 @@ class History:
     columns: Mapping[str, Points]
     """Per number that steps have, its values at them."""
     evaluations: Sequence[Evaluation]
+    """Looks at held-out rows."""
+    dev: Sequence[Evaluation]
+    """Looks at dev rows."""
 
     def total(self, name: str) -> float:
         return float(np.nansum(self.columns[name].values)) if name in self.columns else 0.0
@@ -91,17 +95,16 @@ def _read(folder: Path) -> Story:
 def _history(folder: Path) -> History:
     steps: dict[str, array[float]] = {}
     values: dict[str, array[float]] = {}
-    evaluations: dict[int, Evaluation] = {}
     for entry in metrics.entries(folder):
-        if entry["kind"] == "evaluation":
-            looked = (entry["accuracy"], entry["num_examples"], entry["seconds"])
-            evaluations[entry["step"]] = Evaluation(entry["step"], *looked)
-        elif entry["kind"] == "step":
+        if entry["kind"] == "step":
             for name, value in _numbers(entry):
                 steps.setdefault(name, array("d")).append(entry["step"])
                 values.setdefault(name, array("d")).append(value)
     columns = {name: _latest(steps[name], values[name]) for name in steps}
-    return History(columns, [evaluations[step] for step in sorted(evaluations)])
+    looks = {(look.split, look.step): look for look in metrics.evaluations(folder)}
+    ordered = [looks[key] for key in sorted(looks)]
+    held_out = [look for look in ordered if look.split == "test"]
+    return History(columns, held_out, [look for look in ordered if look.split == "dev"])
 
 
 def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -163,31 +166,47 @@ def _page(story: Story) -> str:
 
 
 def _headline(story: Story) -> str:
-    """From the base model's accuracy to the latest, with what chance leaves open."""
+    """From the base model's metric to the latest, with what chance leaves open."""
     looks = story.history.evaluations
     first = next((look for look in looks if look.step == 0), None)
     last = looks[-1] if looks and looks[-1].step > 0 else None
     if last is None:
         state = _percent(first.accuracy) if first else "no evaluation yet"
-        told = f"Zero-shot; 95 % interval {_certainty(first)}." if first else ""
+        told = f"Zero-shot {_metric(first.metric)}; {_certainty(first)}." if first else ""
         return f"<h1>{state}</h1>\n<p>{told}</p>"
     after = f"after {last.step:,} steps" + ("" if story.summary else ", so far")
+    metric = _metric(last.metric)
     if first is None:
-        told = f"Held-out accuracy {after}; 95 % interval {_certainty(last)}."
+        told = f"Held-out {metric} {after}; {_certainty(last)}."
         return f"<h1>{_percent(last.accuracy)}</h1>\n<p>{told}</p>"
     gain = 100 * (last.accuracy - first.accuracy)
     sign = "+" if gain >= 0 else "−"
     return (
         f"<h1>{_percent(first.accuracy)} <span>→</span> {_percent(last.accuracy)}"
         f'<span class="gain">{sign} {abs(gain):.1f} points</span></h1>\n'
-        f"<p>Held-out accuracy, zero-shot and {after}. 95 % intervals: zero-shot "
-        f"{_certainty(first)}; now {_certainty(last)}.</p>"
+        f"<p>Held-out {metric}, zero-shot and {after}. Zero-shot: {_certainty(first)}; now: "
+        f"{_certainty(last)}.</p>"
     )
 
 
+def _metric(name: str) -> str:
+    return METRICS.get(name, html.escape(name))
+
+
 def _certainty(look: Evaluation) -> str:
-    low, high = interval(look.accuracy, look.num_examples)
-    return f"{100 * low:.1f} to {100 * high:.1f} % of {look.num_examples:,} examples"
+    examples = f"{look.num_examples:,} examples"
+    ends = _ends(look.metric, look.accuracy, look.num_examples, look.interval)
+    if ends is None:
+        return examples
+    return f"95 % interval {100 * ends[0]:.1f} to {100 * ends[1]:.1f} %, of {examples}"
+
+
+def _ends(metric: str, value: float, number: int, noted: Interval | None) -> Interval | None:
+    """The 95 % interval that a run noted; None where an earlier one did not, unless the mean and
+    the number of examples give it."""
+    if noted is None and metric in SHARES:
+        return interval(value, number)
+    return noted
 
 
 def _facts(story: Story) -> str:
@@ -209,7 +228,15 @@ def _facts(story: Story) -> str:
 
 def _course(history: History) -> str:
     columns = history.columns
-    figures = [_accuracy(history.evaluations)] if history.evaluations else []
+    figures = []
+    if history.evaluations:
+        title = f"Held-out {_metric(history.evaluations[-1].metric)}"
+        figures.append(_looks("held_out", title, history.evaluations))
+    best = metrics.best(history.dev)
+    if best is not None:
+        note = f"; best after {best.step:,} steps: {_percent(best.accuracy)}"
+        title = f"{_metric(best.metric)} on dev rows"
+        figures.append(_looks("dev", title[0].upper() + title[1:], history.dev, note))
 
     def draw(name: str, title: str, form: str, note: str = "", **style: bool) -> None:
         points = columns.get(name)
@@ -239,15 +266,20 @@ def _course(history: History) -> str:
     return f'<div class="charts">\n{"".join(figures)}</div>'
 
 
-def _accuracy(looks: Sequence[Evaluation]) -> str:
+def _looks(name: str, title: str, looks: Sequence[Evaluation], more: str = "") -> str:
+    """A metric over the steps; `name` is the chart's own, `more` goes on from its note."""
     steps = np.array([look.step for look in looks], dtype=np.float64)
     values = np.array([look.accuracy for look in looks])
-    low, high = np.array([interval(look.accuracy, look.num_examples) for look in looks]).T
-    svg = charts.shares_with_intervals("accuracy", Points(steps, values), low, high)
+    ends = [_ends(look.metric, look.accuracy, look.num_examples, look.interval) for look in looks]
+    known = [end or (value, value) for end, value in zip(ends, values, strict=True)]
+    low, high = np.array(known).T
+    svg = charts.shares_with_intervals(name, Points(steps, values), low, high)
     numbers = sorted({look.num_examples for look in looks})
-    examples = " or ".join(f"{number:,}" for number in numbers)
-    note = f"bars: 95 % intervals (Wilson); a look takes {examples} examples"
-    return _figure("Held-out accuracy", f"looks: {len(looks)}", svg, note, wide=True)
+    note = f"a look takes {' or '.join(f'{number:,}' for number in numbers)} examples{more}"
+    if any(ends):
+        kind = "Wilson" if looks[-1].metric in SHARES else "normal"
+        note = f"bars: 95 % intervals ({kind}); {note}"
+    return _figure(title, f"looks: {len(looks)}", svg, note, wide=True)
 
 
 def _figure(title: str, aside: str, svg: str, note: str = "", *, wide: bool = False) -> str:
@@ -268,12 +300,18 @@ def _result(story: Story) -> str:
         total = story.config.run.steps
         rows = [("State", f"unfinished: {story.num_steps:,} of {total:,} steps")]
         return _card("Final table", _table(rows))
-    number = summary.num_held_out
+    number, metric = summary.num_held_out, summary.metric
     rows = []
     if summary.baseline_accuracy is not None:
-        rows.append(("Zero-shot accuracy", _with_interval(summary.baseline_accuracy, number)))
+        value = summary.baseline_accuracy
+        ends = _ends(metric, value, number, summary.baseline_interval)
+        rows.append((f"Zero-shot {_metric(metric)}", _with_interval(value, ends)))
+    ends = _ends(metric, summary.final_accuracy, number, summary.final_interval)
+    rows.append((f"Final {_metric(metric)}", _with_interval(summary.final_accuracy, ends)))
+    if summary.best_step is not None and summary.best_dev is not None:
+        best = f"{summary.best_step:,} <small>({_percent(summary.best_dev)})</small>"
+        rows.append(("Best step by dev rows", best))
     rows += [
-        ("Final accuracy", _with_interval(summary.final_accuracy, number)),
         ("Held-out examples", f"{number:,}"),
         ("Steps", f"{summary.steps:,}"),
         ("Wall time of the last process", _duration(summary.wall_s)),
@@ -358,9 +396,10 @@ def _escaped(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(html.escape(name), html.escape(value)) for name, value in rows]
 
 
-def _with_interval(share: float, number: int) -> str:
-    low, high = interval(share, number)
-    return f"{_percent(share)} <small>({100 * low:.1f} to {100 * high:.1f})</small>"
+def _with_interval(value: float, ends: Interval | None) -> str:
+    if ends is None:
+        return _percent(value)
+    return f"{_percent(value)} <small>({100 * ends[0]:.1f} to {100 * ends[1]:.1f})</small>"
 
 
 def _percent(share: float) -> str:

@@ -111,8 +111,8 @@ def branch(folder: Path, new_folder: Path, overrides: Sequence[str]) -> Run:
     if culprit is not None:
         raise ConfigError(
             f"{culprit}: the steps that a fork takes over depend on this key; space (but for "
-            "space.slots, and space.master between float32 and host), estimator.noise and, unless "
-            "space.kind is dense, run.seed must stay"
+            "space.slots, and space.master between float32 and host), estimator.noise, "
+            "estimator.decay_towards and, unless space.kind is dense, run.seed must stay"
         )
     return _checked(load(path, overrides), new_folder)
 
@@ -135,7 +135,8 @@ def _meaning(config: Config) -> tuple[object, ...]:
     if space["master"] == "host":  # the bits are those of float32
         space["master"] = "float32"
     drawn_from = None if config.space.kind == "dense" else config.run.seed
-    return space, config.estimator.noise, drawn_from
+    estimator = config.estimator
+    return space, estimator.noise, estimator.decay_towards, drawn_from
 
 
 def _checked(config: Config, folder: Path) -> Run:
@@ -234,11 +235,18 @@ def _train(run: Run, display: Display) -> None:
 
 
 def evaluate(
-    run: Run, out: Path, *, trained: bool, at: At | None = None, calibrated: bool = False
+    run: Run,
+    out: Path,
+    *,
+    trained: bool,
+    at: At | None = None,
+    calibrated: bool = False,
+    linear_probe: bool = False,
 ) -> None:
     """Score all held-out examples, under the base model or the run's trained state.
 
-    That is the ledger's last, or that after `at` steps, or that which dev rows chose.
+    That is the ledger's last, or that after `at` steps, or that which dev rows chose. With
+    `linear_probe` a regression on its hidden states chooses; one replica fits it.
     """
     task = run.config.task
     if calibrated and task.is_generated:
@@ -246,6 +254,13 @@ def evaluate(
             f"--calibrated: task.metric is {task.metric}: options are calibrated, and generated "
             "answers have none; leave it out"
         )
+    if linear_probe:
+        from orchestrator import linear_probe as probing  # imports scikit-learn
+
+        if calibrated:
+            raise ConfigError("--calibrated: a linear probe has no options' texts; leave it out")
+        probing.check(task, run.data)
+        run = _with_one_replica(run)
     if at is not None and not trained:
         raise ConfigError(f"--at: {at}: a recipe has no steps yet; name a run folder")
     num_steps = _num_steps(run, at) if trained else 0
@@ -259,16 +274,21 @@ def evaluate(
     with _started_fleet(run, log.absolute(), display.say) as (fleet, info):
         if trained:
             _replay(run, info, fleet, num_steps)
-        chunks = fleet.score("test", range(len(run.data.test)), calibrated=calibrated)
-    scores = scores_of(chunks)
+        if linear_probe:
+            chunks, scores = [], fleet.linear_probe()
+        else:
+            chunks = fleet.score("test", range(len(run.data.test)), calibrated=calibrated)
+            scores = scores_of(chunks)
     write_scores(out, scores)
     state = f"after {num_steps} steps" if trained else "base model"
     if task.demonstrations:
         state += f", {task.demonstrations} demonstrations"
     found = measured(task.metric, scores)
     name = f"calibrated {found.metric}" if calibrated else found.metric
+    if linear_probe:
+        name = f"linear probe of {len(run.data.train)} training rows, {name}"
     display.say(f"{state}: {name} {found} on {found.num_examples} held-out examples")
-    if task.demonstrations:
+    if chunks and task.demonstrations:
         computed, asked = share_computed(chunks)
         display.say(
             f"{computed:,} of {asked:,} tokens computed ({computed / asked:.0%}); the others' "
@@ -294,8 +314,7 @@ def export(run: Run, folder: Path, at: At | None = None) -> None:
     log = folder.with_name(f"{folder.name}.log")
     output.divert(log)
     display = Display(output.terminal(), run.config.run.steps)
-    fleet_section = run.config.fleet.model_copy(update={"num_replicas": 1})
-    run = replace(run, config=run.config.model_copy(update={"fleet": fleet_section}))
+    run = _with_one_replica(run)
     with _started_fleet(run, log, display.say) as (fleet, info):
         _replay(run, info, fleet, num_steps)
         fleet.export(folder)
@@ -381,6 +400,11 @@ def _num_steps(run: Run, at: At | None) -> int:
     if at > last:
         raise ConfigError(f"--at {at}: {run.ledger_path} has {last} steps; name one of 0 to {last}")
     return at
+
+
+def _with_one_replica(run: Run) -> Run:
+    fleet = run.config.fleet.model_copy(update={"num_replicas": 1})
+    return replace(run, config=run.config.model_copy(update={"fleet": fleet}))
 
 
 def _replay(run: Run, info: ReplicaInfo, fleet: Fleet, num_steps: int) -> None:

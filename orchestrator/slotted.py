@@ -35,14 +35,20 @@ class SlottedSpace:
     """Master, trained slot and perturbed slots. See space.Space for what its methods promise."""
 
     def __init__(
-        self, slot_names: Sequence[str], tensors: Sequence[SlottedTensor], noise_kind: NoiseKind
+        self,
+        slot_names: Sequence[str],
+        tensors: Sequence[SlottedTensor],
+        noise_kind: NoiseKind,
+        anchored: bool,
     ) -> None:
+        """`anchored`: decay is towards the first values, see space.Trained."""
         check_words(tensor.name for tensor in tensors)
         self.adapter, *self._probe_slots = slot_names
         self._noise = noise_kind
         self._views = [tensor.views[1:] for tensor in tensors]
         self._tables: dict[int, Table] = {}
-        self.trained = Trained([_trained(tensor) for tensor in tensors], noise_kind)
+        trained = [_trained(tensor) for tensor in tensors]
+        self.trained = Trained(trained, noise_kind, anchored=anchored)
 
     @property
     def tensors(self) -> list[TrainedTensor]:

@@ -6,7 +6,7 @@ tensor-parallel ranks. How they are perturbed is each space's own.
 
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -85,17 +85,31 @@ class Trained:
     Updates wait until the values are asked for, so that many become one pass over the masters, and
     the last of them one pass with the perturbation that follows. The live weights hold the last
     perturbation until `settle`.
+
+    Anchored masters decay towards what they are now, not towards zero. With d the step's decay,
+        master = ((master - anchor) * d + anchor) + sum of coefficient * z(seed),
+    each operation rounded to float32 by itself, so that it has the same bits on every device; where
+    d is 1, the masters are only added to. Each step is then a pass of its own, and three more.
     """
 
     def __init__(
-        self, tensors: Sequence[TrainedTensor], noise: NoiseKind, own_table: Table | None = None
+        self,
+        tensors: Sequence[TrainedTensor],
+        noise: NoiseKind,
+        own_table: Table | None = None,
+        *,
+        anchored: bool = False,
     ) -> None:
-        """`own_table` sweeps over the tensors, in their order, instead of the device's own."""
+        """`own_table` sweeps over the tensors, in their order, instead of the device's own. To be
+        anchored, masters must be float32, and no table's own."""
         self.tensors = list(tensors)
         self._noise = noise
         self._table = own_table or table(
             [Slice(part.region, part.master, part.live) for part in tensors]
         )
+        masters = [part.master for part in tensors]
+        assert not anchored or all(master.dtype == torch.float32 for master in masters)
+        self._anchors = [_anchor(master) for master in masters] if anchored else []
         self._waiting: list[StepUpdate] = []
         self._is_settled = False
         self.settle()
@@ -107,7 +121,7 @@ class Trained:
         return sum_over_ranks([sum(counted)])[0]
 
     def apply(self, update: StepUpdate) -> None:
-        """master = master * decay + sum of coefficient * z(seed), in order; before it is needed."""
+        """Take a step, see `sweeps.Table.update` and above, in order; before it is needed."""
         self._waiting.append(update)
         self._is_settled = False
         if sum(len(waiting.seeds) for waiting in self._waiting) >= MAX_WAITING_SEEDS:
@@ -121,22 +135,37 @@ class Trained:
         draw = Draw(seed, coefficient)
         self._is_settled = False
         if self._waiting:
-            self._table.update(self._noise, self._waiting, then=draw)
-            self._waiting.clear()
+            self._take(draw)
         else:
             self._table.perturb(self._noise, [draw])
 
     def settle(self) -> None:
         """Take the updates that wait; live = master, rounded to nearest."""
         if not self._is_settled:
-            self._table.update(self._noise, self._waiting)
-            self._waiting.clear()
+            self._take()
             self._is_settled = True
+
+    def _take(self, then: Draw | None = None) -> None:
+        """Take the updates that wait, and write the live weights, perturbed if asked."""
+        if self._anchors:
+            for update in self._waiting[:-1]:
+                self._table.update(self._noise, [self._drawn_back(update)])
+            self._waiting = [self._drawn_back(update) for update in self._waiting[-1:]]
+        self._table.update(self._noise, self._waiting, then)
+        self._waiting.clear()
+
+    def _drawn_back(self, update: StepUpdate) -> StepUpdate:
+        """Draw anchored masters back by a step's decay; what is left of the step."""
+        if not self._anchors or update.decay == 1:
+            return update
+        for part, anchor in zip(self.tensors, self._anchors, strict=True):
+            part.master.sub_(anchor).mul_(update.decay).add_(anchor)
+        return replace(update, decay=1.0)
 
     def apply_low_rank(self, factors: Sequence[Factors], update: StepUpdate) -> None:
         """Take a step along low-rank noise, one pair of factors a tensor."""
         self.settle()
-        self._table.low_rank_update(factors, update)
+        self._table.low_rank_update(factors, self._drawn_back(update))
 
     def checksums(self, *, live: bool = False) -> list[str]:
         """A line a tensor: its name and a checksum of its master, or of what live holds now."""
@@ -157,6 +186,15 @@ class Trained:
     def digest(self, *, live: bool = False) -> str:
         """Checksum (128 bits, hex) of the masters, or of what live holds now, over all ranks."""
         return digest(self.checksums(live=live))
+
+
+def _anchor(master: torch.Tensor) -> torch.Tensor:
+    """A copy of float32 values, in half the memory where they are those of a 16-bit checkpoint."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = master.to(dtype)
+        if torch.equal(narrow.float().view(torch.int32), master.view(torch.int32)):
+            return narrow
+    return master.clone()
 
 
 def digest(checksums: Sequence[str]) -> str:

@@ -156,6 +156,7 @@ class SpacePlan:
         self._check_slots(engine)
         config, rank = self._config, engine.world.rank
         space, estimator = config.space, config.estimator
+        anchored = estimator.decay_towards == "start"
         if space.kind == "lora":
             assert engine.slots is not None
             return LoraSpace(
@@ -165,6 +166,7 @@ class SpacePlan:
                 seed=config.run.seed,
                 initial=self._initial,
                 train=space.train,
+                anchored=anchored,
             )
         if space.kind == "prefix":
             assert engine.prefixes is not None
@@ -173,11 +175,12 @@ class SpacePlan:
                 noise_kind=estimator.noise,
                 seed=config.run.seed,
                 initial=self._initial_prefix,
+                anchored=anchored,
             )
         tensors = canonical_tensors(engine.model, self._checkpoint, rank)
         on_host = space.master == "host"
         master_dtype = torch.float32 if on_host else getattr(torch, space.master)
-        choices: dict[str, Any] = {"master_dtype": master_dtype}
+        choices: dict[str, Any] = {"master_dtype": master_dtype, "anchored": anchored}
         if space.kind == "dense":
             choices["host_of"] = engine.model if on_host else None
             return DenseSpace(tensors, noise=estimator.noise, **choices)

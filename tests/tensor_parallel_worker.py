@@ -6,6 +6,7 @@ FOLDER/FAMILY.pt, and exported models in FOLDER/exported.
 
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,10 @@ def observe(family: str, models: Path, exported: Path, world: World) -> dict[str
         write_model(folder, exported / f"{family}-{master}", weights.items())
         for tensor in tensors:  # as the next space expects it
             tensor.live.copy_(tensor.initial)
+    anchored = DenseSpace(tensors, noise="gaussian", master_dtype=torch.float32, anchored=True)
+    anchored.apply(UPDATE)
+    anchored.apply(replace(UPDATE, step=1))
+    seen["anchored digest"] = anchored.digest()
     engine.close()
     return seen
 

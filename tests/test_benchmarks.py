@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import DEVICE
 
-from benchmarks import bars, measure, memory, reference, steps, workloads
+from benchmarks import bars, evaluation, measure, memory, reference, steps, workloads
 from benchmarks.shapes import SHAPES
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.engine import Engine
@@ -186,6 +187,27 @@ def test_a_bar_holds_from_its_side() -> None:
     at_most = [bars.Row("", 1, 1, ratio, 2.0, at_most=True).holds for ratio in (2.0, 2.1)]
     assert at_most == ["yes", "NO"]
     assert bars.Row("", 1, 1, 1.0).holds == ""
+
+
+@pytest.mark.slow
+def test_evaluation_gives_the_references_scores(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    arguments = {"recipe": str(path), "rows": "9", "turns": "1", "results": str(tmp_path)}
+    flags = [part for key, value in arguments.items() for part in (f"--{key}", value)]
+    evaluation.main([*flags, "task.max_length=64"])
+    assert "times faster" in capsys.readouterr().out
+    (found,) = tmp_path.glob("evaluation-*.json")
+    (row,) = json.loads(found.read_text())["rows"]
+    assert {key for _, key in evaluation.COLUMNS} <= row.keys()
+    assert (row["rows"], row["candidates"], row["turns"]) == (9, 18, 1)
+    assert row["ours_s"] > 0 < row["reference_s"]
+    if measure.DTYPE == "float32":
+        assert row["largest_difference"] < 1e-4
+    with pytest.raises(ValueError, match=r"task\.max_length: .*would be cut"):
+        evaluation.main([*flags, "task.max_length=6"])
 
 
 @pytest.mark.slow

@@ -153,6 +153,13 @@ def test_momentum_wants_noise_that_a_seed_alone_decides() -> None:
         load(DEMO, overrides)
 
 
+@pytest.mark.parametrize("master", ["bfloat16", "host"])
+def test_decay_towards_the_start_wants_a_float32_master(master: str) -> None:
+    overrides = ["estimator.decay_towards=start", f"space.master={master}", "model.device=auto"]
+    with pytest.raises(ConfigError, match=r"estimator\.decay_towards: start: wants space\.master="):
+        load(DEMO, overrides)
+
+
 def test_missing_sections_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read: No such file"):
         load(tmp_path / "nowhere.yaml")

@@ -15,8 +15,11 @@ from orchestrator import noise
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.dense import DenseSpace
 from orchestrator.engine import Engine
+from orchestrator.noise import TensorRegion
 from orchestrator.parameters import canonical_tensors
 from orchestrator.records import Probe, StepUpdate
+from orchestrator.space import Trained, TrainedTensor
+from orchestrator.tensor_map import Place, Shard
 
 Engines = Callable[[str], Engine]
 FAMILIES = ["opt", "llama", "qwen2", "qwen3", "phi3"]
@@ -109,6 +112,30 @@ def test_updates_that_waited_are_those_taken_one_by_one(
         found.append((perturbed, dense.digest(), dense.trained.digest(live=True)))
         put_back(dense, Checkpoint(model_folders["opt"]))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_first_values_of_sixteen_bits_are_kept_in_as_many(dtype: torch.dtype) -> None:
+    """With the bits that a copy in float32 gives; a step that decays nothing only adds."""
+    draw = torch.Generator().manual_seed(0)
+    first = torch.randn(1, 999, generator=draw).to(dtype).float()
+    first[0, :2] = torch.tensor([-0.0, 2.0 ** (-24 if dtype is torch.float16 else -100)])
+    part = TrainedTensor(
+        TensorRegion("some.weight", 0, 999),
+        Shard(Place("some.weight"), (1, 999), 0, 1, 999, 0, 0),
+        first.clone(),
+        torch.empty_like(first),
+    )
+    trained = Trained([part], "gaussian", anchored=True)
+    assert trained._anchors[0].dtype == dtype
+    moved = first.numpy()
+    for step, decay in enumerate((0.75, 1.0, 0.5)):
+        trained.apply(StepUpdate(step, (step,), (0.125,), decay))
+        if decay != 1:
+            moved = (moved - first.numpy()) * np.float32(decay) + first.numpy()
+        moved = moved + np.float32(0.125) * noise.draw("gaussian", step, "some.weight", 0, 999)
+    trained.settle()
+    assert np.array_equal(part.master.numpy(), moved)
 
 
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])

@@ -14,7 +14,15 @@ from orchestrator import noise
 from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.driver import Driver
-from orchestrator.records import ChunkScores, Probe, ProbeLoss, ReplicaInfo, Split, StepUpdate
+from orchestrator.records import (
+    ChunkScores,
+    ExampleScore,
+    Probe,
+    ProbeLoss,
+    ReplicaInfo,
+    Split,
+    StepUpdate,
+)
 from orchestrator.seed_sync import Header, Ledger
 
 HEADER = Header(1, 1, "toy", "", "", "", ())
@@ -63,6 +71,9 @@ class ToyFleet:
 
     def digests(self) -> dict[str, str]:
         return {"toy": self.weights.tobytes().hex()}
+
+    def linear_probe(self) -> list[ExampleScore]:
+        raise NotImplementedError
 
     def export(self, folder: Path) -> None:
         raise NotImplementedError

@@ -58,6 +58,23 @@ def test_scores_equal_transformers(
         assert score.mean == pytest.approx(total / (end - start), abs=1e-4)
 
 
+@pytest.mark.parametrize("family", ["opt", "opt-350m", "llama", "qwen2", "qwen3"])
+def test_final_hidden_states_equal_transformers(
+    family: str, engines: Engines, model_folders: dict[str, Path]
+) -> None:
+    """Behind the final norm and OPT's last projection, over several batches; nothing is kept."""
+    engine, (sequences, _) = engines(family), ragged(seed=7, count=20)
+    free = engine.free_slots()
+    found = engine.last_hidden(sequences)
+    model = AutoModelForCausalLM.from_pretrained(model_folders[family], dtype=torch.float32)
+    assert (found.dtype, engine.free_slots()) == (torch.float32, free)
+    with torch.no_grad():
+        expected = [model.model(torch.tensor([s])).last_hidden_state[0, -1] for s in sequences]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.last_hidden([[3], []])
+
+
 def test_sequences_that_differ_in_their_last_token_are_computed_once(engines: Engines) -> None:
     prompt = [3, 4, 5, 6]
     scores = engines("llama").score([[*prompt, 7], [*prompt, 8]], [(4, 5), (4, 5)])

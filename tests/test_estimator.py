@@ -162,6 +162,25 @@ def test_second_moment_divides_by_the_root_of_the_mean_square() -> None:
         assert result.coefficients == pytest.approx(-0.1 / 2 * g / scale, rel=1e-6)
 
 
+def test_clipped_gradients_enter_the_second_moment_and_momentum_what_came_of_both() -> None:
+    """The order of the three, as the formulas have it: over several steps, in numpy."""
+    chosen = settings(kind="one_sided", clip=30.0, second_moment=0.8, momentum=0.5)
+    draw = np.random.default_rng(1)
+    taken = [(1.0, *draw.normal(1, 0.4, size=3)) for _ in range(5)]
+    done = steps(chosen, taken)
+    square, earlier = 0.0, list[NDArray[np.float64]]()
+    for step, (result, _) in enumerate(done, start=1):
+        base, *perturbed = taken[step - 1]
+        g = np.clip((np.array(perturbed) - base) / 0.01, -30, 30)
+        square = 0.8 * square + 0.2 * np.mean(g**2)
+        own = -0.1 / 3 * g / (math.sqrt(square / (1 - 0.8**step)) + 1e-8)
+        assert result.coefficients == pytest.approx(own, rel=1e-6)
+        carried = [0.5**age * value for age, pairs in enumerate(earlier, 1) for value in pairs]
+        assert [value for _, value in result.carried] == pytest.approx(carried, rel=1e-6)
+        earlier = [own, *earlier]
+    assert max(abs(np.array(taken) - 1).ravel()) > 30 * 0.01, "nothing was clipped"
+
+
 def test_a_step_without_a_finite_loss_leaves_the_past_as_it_was() -> None:
     chosen = settings(second_moment=0.9, momentum=0.5, weight_decay=0.1)
     first, lost, last = steps(chosen, [(1.5, 1.0), (math.nan, 1.0), (1.25, 1.0)])

@@ -15,7 +15,15 @@ LAYERS = [
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
-    | {"prefix_slots", "score_attention", "encoder", "report", "inspection", "noise_floor"},
+    | {
+        "prefix_slots",
+        "score_attention",
+        "encoder",
+        "report",
+        "inspection",
+        "noise_floor",
+        "linear_probe",
+    },
     {"score_graphs", "pools"},
     {"generation"},
     {"engine", "sglang_models", "export"},
@@ -37,6 +45,7 @@ OWNERS = {
     "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
     | {"score_graphs", "score_attention", "pools", "generation"},
     "matplotlib": {"charts"},
+    "sklearn": {"linear_probe"},
     "triton": {"adapter_kernels_triton", "attention_triton", "norm_triton"},
     "cuda": {"sweeps_cuda"},
     "numba": {"sweeps_numba", "replica"},

@@ -96,7 +96,7 @@ def test_a_finished_run_is_told_whole(finished: Path) -> None:
     _, page = read(finished)
     told = " ".join(page.text)
     assert "50.0 % → 75.0 % + 25.0 points" in told
-    assert "36.6 to 63.4 % of 50 examples" in told  # Wilson's interval of 25 in 50
+    assert "36.6 to 63.4 %, of 50 examples" in told  # Wilson's interval of 25 in 50
     for words in ("num_seeds", "weights-aa", "d1d2", "torch", "2.11.0"):
         assert words in told
     for title in ("Held-out accuracy", "Training loss", "|g|", "Learning rate", "Seconds a step"):
@@ -139,8 +139,60 @@ def test_an_unfinished_run_is_told_as_far_as_it_goes(
     _, page = read(folder)
     told = " ".join(page.text)
     assert f"unfinished: {steps} of 6 steps" in told
-    assert "Zero-shot; 95 % interval 36.6 to 63.4 %" in told
+    assert "Zero-shot accuracy; 95 % interval 36.6 to 63.4 %" in told
     assert charts_of(page) == (8 if steps else 1)
+
+
+@pytest.mark.parametrize("steps", [6, 4])
+def test_a_run_is_told_by_its_own_metric_and_its_dev_rows_are_drawn(
+    steps: int, tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    """The intervals are those that it noted: Wilson's would be another. Of two looks at dev rows
+    after the same step the later holds."""
+    summary: dict[str, Any] = {"final_accuracy": 0.75, "versions": {}} if steps == 6 else {}
+    folder = make_run(tmp_path / "run", recipe, steps, **summary)
+    (folder / "metrics.jsonl").write_text("")
+    records = Records(folder)
+    records.evaluation(Evaluation(0, 0.5, 50, 1.0, "f1", (0.41, 0.59)))
+    for step, value in ((0, 0.4), (2, 0.95), (2, 0.625), (4, 0.6)):
+        ends = (value - 0.01, value + 0.01)
+        records.evaluation(Evaluation(step, value, 30, 1.0, "f1", ends, "dev"))
+    if steps == 6:
+        records.evaluation(Evaluation(6, 0.75, 50, 1.0, "f1", (0.7, 0.8)))
+        best = {"best_step": 2, "best_dev": 0.625}
+        found = {"baseline_interval": (0.41, 0.59), "final_interval": (0.7, 0.8)}
+        numbers: dict[str, Any] = {
+            "num_held_out": 50,
+            "digest": "d1",
+            "metric": "f1",
+            **found,
+            **best,
+        }
+        records.summary(Summary(6, 9.0, 4.0, 200.0, 0.5, **numbers, **summary))
+    records.close()
+    _, page = read(folder)
+    told = " ".join(page.text)
+    for words in ("accuracy", "Wilson", "36.6", "95.0 %"):
+        assert words not in told[: told.index("Recipe")]
+    assert page.text.count("Held-out F1") == page.text.count("F1 on dev rows") == 1
+    assert "bars: 95 % intervals (normal); a look takes 30 examples" in told
+    assert "best after 2 steps: 62.5 %" in told
+    if steps == 6:
+        assert "Held-out F1, zero-shot and after 6 steps. Zero-shot: 95 % interval 41.0 to" in told
+        for words in ("Final F1 75.0 % (70.0 to 80.0)", "Best step by dev rows 2 (62.5 %)"):
+            assert words in told
+    else:
+        assert "Zero-shot F1; 95 % interval 41.0 to 59.0 %, of 50 examples" in told
+
+
+def test_a_mean_whose_interval_an_earlier_run_did_not_note_has_none(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    folder = make_run(tmp_path / "run", recipe, 0)
+    line = '{"kind": "evaluation", "step": 0, "accuracy": 0.5, "num_examples": 50, "seconds": 1'
+    (folder / "metrics.jsonl").write_text(line + ', "metric": "f1"}\n')
+    told = " ".join(read(folder)[1].text)
+    assert "Zero-shot F1; 50 examples." in told and "interval" not in told
 
 
 def test_a_run_that_has_only_its_recipe(tmp_path: Path, recipe: dict[str, Any]) -> None:

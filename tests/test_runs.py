@@ -93,6 +93,10 @@ def test_overrides_may_be_valid_only_together(parent: Path) -> None:
             runs.reopen(parent, order)
     with pytest.raises(ConfigError, match=r"^space\.master=bfloat16: the steps that a fork takes"):
         branched(parent, *pair, "space.master=bfloat16")
+    with pytest.raises(ConfigError, match=r"^estimator\.decay_towards=start: the steps that a"):
+        branched(parent, "estimator.decay_towards=start")
+    with pytest.raises(ConfigError, match=r"^estimator\.decay_towards=start: the run in"):
+        runs.reopen(parent, ["estimator.decay_towards=start"])
     with pytest.raises(ConfigError, match="num_seeds: 1: estimator.kind=fzoo compares"):
         branched(parent, pair[0])
 

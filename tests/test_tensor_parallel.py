@@ -86,6 +86,7 @@ def test_a_step_leaves_the_same_bits_on_two_ranks_as_on_one(
 ) -> None:
     seen, expected = torch.load(folder / f"{family}.pt"), alone[family]
     assert seen["num_parameters"] == expected["num_parameters"]
+    assert seen["anchored digest"] == expected["anchored digest"]
     for master in ("float32", "bfloat16"):
         digests = expected[f"{master} digests"]
         assert seen[f"{master} digests"] == digests

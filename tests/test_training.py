@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import DEVICE, write_questions
+from numpy.typing import NDArray
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +21,7 @@ from orchestrator.config import Config
 from orchestrator.driver import Driver
 from orchestrator.local import LocalFleet
 from orchestrator.noise import NoiseKind
+from orchestrator.records import StepUpdate
 from orchestrator.seed_sync import Header, Ledger
 
 STEPS = 20
@@ -220,15 +222,103 @@ def test_twenty_steps_equal_the_plain_loop(
     fleet.close()
 
 
-def train(config: Config, path: Path) -> list[bytes]:
-    """The step lines of a run's ledger, new or continued, by a local fleet."""
+def train(config: Config, path: Path, digests: set[str] | None = None) -> list[bytes]:
+    """The step lines of a run's ledger, new or continued, by a local fleet; its replicas' digests
+    at the end are added to `digests`."""
     fleet = LocalFleet(config, DEVICE)
     info = fleet.start()
     header = Header(1, 1, config.model.path, info.weights_hash, config.identity(), "", ())
     with Ledger.open(path, header) if path.exists() else Ledger.create(path, header) as ledger:
         Driver(config, fleet, ledger, [], batches=Batches(config, 40), num_test=50).train()
+    if digests is not None:
+        digests |= set(fleet.digests().values())
     fleet.close()
     return path.read_bytes().splitlines(keepends=True)[1:]
+
+
+TOWARDS_THE_START = {"weight_decay": 20.0, "decay_towards": "start", "lr": 1e-2, "momentum": 0.5}
+SCHEDULED = {"eps_schedule": "cosine", "eps_final": 1e-2, "num_seeds_final": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("space", "estimator"),
+    [
+        ({}, TOWARDS_THE_START),
+        (LORA, TOWARDS_THE_START),
+        (PREFIX, TOWARDS_THE_START),
+        ({**LOW_RANK, "others": "dense"}, TOWARDS_THE_START),
+        ({}, {"kind": "fzoo", "num_seeds": 3, "noise": "rademacher"}),
+        ({}, {"kind": "es", "num_seeds": 3, "momentum": 0.9}),
+        ({}, {"kind": "es", "num_seeds": 3, "shaping": "rank"}),
+        ({}, {"kind": "es", "num_seeds": 4, "shaping": "z_score", "momentum": 0.5}),
+        ({}, {"second_moment": 0.9, "clip": 5.0}),
+        ({}, {"kind": "one_sided", "seeds_schedule": "linear", "momentum": 0.9, **SCHEDULED}),
+    ],
+)
+def test_a_ledger_replays_to_its_formula_bit_for_bit(
+    space: dict[str, Any], estimator: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """The state that training ended with is that of its ledger, replayed at once, one by one, and
+    in numpy; two replicas that resume write the same."""
+    values = yaml.safe_load(yaml.safe_dump(recipe))
+    values["space"] = space
+    values["estimator"] |= {"weight_decay": 5.0, **estimator}
+    config = Config.model_validate(values)
+    path, cut = tmp_path / "one.jsonl", tmp_path / "cut.jsonl"
+    whole = train(config, path)
+    cut.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+    values["fleet"]["num_replicas"] = 2
+    digests = set[str]()
+    assert train(Config.model_validate(values), cut, digests) == whole
+
+    updates = [record.update() for record in Ledger.read(path)[1]]
+    assert len({update.decay for update in updates}) > 3
+    for at_once in (True, False):
+        fleet = LocalFleet(config, DEVICE)
+        fleet.start()
+        trained: Any = fleet._replicas[0].space
+        tensors = {tensor.region.name: tensor for tensor in trained.tensors}
+        first = {name: tensor.master.cpu().numpy().copy() for name, tensor in tensors.items()}
+        for update in updates:
+            fleet.apply(update)
+            if not at_once:
+                fleet.digests()
+        digests |= set(fleet.digests().values())
+        for name, start in first.items():
+            expected = replayed(config, name, start, updates)
+            assert np.array_equal(tensors[name].master.cpu(), expected), name
+            assert not np.array_equal(start, expected)
+        fleet.close()
+    assert len(digests) == 1
+
+
+def replayed(
+    config: Config, name: str, start: NDArray[np.float32], updates: Sequence[StepUpdate]
+) -> NDArray[np.float32]:
+    """The steps of a whole tensor, [rows, columns] or [1, n], in numpy's float32."""
+    rank, kind = config.space.rank, config.estimator.noise
+
+    def z(seed: int) -> NDArray[np.float32]:
+        if config.space.kind != "low_rank" or "_proj." not in name:
+            return noise.draw(kind, seed, name, 0, start.size).reshape(start.shape)
+        rows, columns = start.shape
+        left = noise.draw(kind, seed, f"{name}.u", 0, rows * rank).reshape(rows, rank)
+        right = noise.draw(kind, seed, f"{name}.v", 0, rank * columns).reshape(rank, columns)
+        return noise.low_rank(left, right)
+
+    value = start
+    for update in updates:
+        decay = np.float32(update.decay)
+        if config.estimator.decay_towards == "zero":
+            value = value * decay
+        elif decay != 1:
+            value = (value - start) * decay + start
+        total = np.zeros_like(start)
+        for seed, coefficient in zip(update.seeds, update.coefficients, strict=True):
+            total = total + np.float32(coefficient) * z(seed)
+        value = value + total
+    return value
 
 
 @pytest.mark.slow
