@@ -167,6 +167,12 @@ def factor_kind(kind: NoiseKind) -> NoiseKind:
     return "coarse_gaussian" if kind == "gaussian" else kind
 
 
+def factor(kind: NoiseKind, seed: int, name: str, start: int, count: int) -> NDArray[np.int8]:
+    """Elements start .. start + count of a factor, in 1 / 32, of low-rank noise of this kind."""
+    z = draw(factor_kind(kind), seed, name, start, count)
+    return (z * np.float32(FACTOR_UNITS)).astype(np.int8)
+
+
 def low_rank(left: NDArray[np.int8], right: NDArray[np.int8]) -> NDArray[np.float32]:
     """Noise z = u v / sqrt(rank) of a whole matrix or a shard of it: float32 [rows, columns].
 

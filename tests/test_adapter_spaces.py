@@ -12,6 +12,7 @@ import pytest
 import torch
 from bare import adapter_runner, last_logits
 from conftest import DEVICE
+from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
@@ -22,7 +23,6 @@ from orchestrator.config import Config, ConfigError
 from orchestrator.engine import Engine
 from orchestrator.lora import LoraSpace
 from orchestrator.low_rank import LowRankSpace
-from orchestrator.noise import NoiseKind
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.space import Space
 from orchestrator.spaces import SpacePlan
@@ -97,9 +97,9 @@ def reference_sums(model: torch.nn.Module) -> list[float]:
     return found
 
 
-def z(seed: int, name: str, shape: tuple[int, ...], kind: NoiseKind = "gaussian") -> torch.Tensor:
+def z(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     count = int(np.prod(shape))
-    return torch.from_numpy(noise.draw(kind, seed, name, 0, count)).view(shape)
+    return torch.from_numpy(noise.draw("gaussian", seed, name, 0, count)).view(shape)
 
 
 def peft_model(folder: Path, space: LoraSpace, seed: int, scale: float) -> PeftModel:
@@ -156,14 +156,15 @@ def test_all_probes_in_one_forward_equal_peft(
 
 def low_rank_z(seed: int, name: str, shape: tuple[int, int], rank: int) -> torch.Tensor:
     left, right = low_rank_factors(seed, name, shape, rank)
-    return left @ right / math.sqrt(rank)
+    return torch.from_numpy(noise.low_rank(left, right))
 
 
 def low_rank_factors(
     seed: int, name: str, shape: tuple[int, int], rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    left = z(seed, f"{name}.u", (shape[0], rank), "coarse_gaussian")
-    return left, z(seed, f"{name}.v", (rank, shape[1]), "coarse_gaussian")
+) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    left = noise.factor("gaussian", seed, f"{name}.u", 0, shape[0] * rank)
+    right = noise.factor("gaussian", seed, f"{name}.v", 0, rank * shape[1])
+    return left.reshape(shape[0], rank), right.reshape(rank, shape[1])
 
 
 def matrices(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -216,10 +217,7 @@ def test_low_rank_updates_are_the_explicit_sum(make: Make, model_folders: dict[s
         total = np.zeros_like(initial)
         for seed, coefficient in ((5, 0.5), (6, -0.25)):
             shape = (initial.shape[0], initial.shape[1])
-            left, right = (
-                (32 * factor).numpy().astype(np.int8)
-                for factor in low_rank_factors(seed, name, shape, 3)
-            )
+            left, right = low_rank_factors(seed, name, shape, 3)
             total = total + np.float32(coefficient) * noise.low_rank(left, right)
         expected = initial * np.float32(0.875) + total
         assert np.array_equal(tensor.master.cpu().numpy().reshape(expected.shape), expected)

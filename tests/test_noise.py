@@ -75,9 +75,9 @@ def factors(
     seed: int, name: str, shape: tuple[int, int, int]
 ) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     rows, rank, columns = shape
-    left = 32 * noise.draw("coarse_gaussian", seed, f"{name}.u", 0, rows * rank)
-    right = 32 * noise.draw("coarse_gaussian", seed, f"{name}.v", 0, rank * columns)
-    return left.astype(np.int8).reshape(rows, rank), right.astype(np.int8).reshape(rank, columns)
+    left = noise.factor("gaussian", seed, f"{name}.u", 0, rows * rank)
+    right = noise.factor("gaussian", seed, f"{name}.v", 0, rank * columns)
+    return left.reshape(rows, rank), right.reshape(rank, columns)
 
 
 def test_low_rank_products_are_exact() -> None:

@@ -303,8 +303,8 @@ def replayed(
         if config.space.kind != "low_rank" or "_proj." not in name:
             return noise.draw(kind, seed, name, 0, start.size).reshape(start.shape)
         rows, columns = start.shape
-        left = noise.draw(kind, seed, f"{name}.u", 0, rows * rank).reshape(rows, rank)
-        right = noise.draw(kind, seed, f"{name}.v", 0, rank * columns).reshape(rank, columns)
+        left = noise.factor(kind, seed, f"{name}.u", 0, rows * rank).reshape(rows, rank)
+        right = noise.factor(kind, seed, f"{name}.v", 0, rank * columns).reshape(rank, columns)
         return noise.low_rank(left, right)
 
     value = start
