@@ -52,6 +52,7 @@ class Stream(IntEnum):
     ORDER = 3
     INITIAL = 4
     SAMPLING = 5
+    SAMPLES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,15 @@ def derive_seed(run_seed: int, step: int, index: int) -> int:
     """The seed in [0, 2**64) of perturbation `index` (below 2**32) of a step of a run."""
     counter = (*split_words(step), index, Stream.SEEDS)
     word_0, word_1, _, _ = philox(counter, split_words(run_seed))
+    return int(word_0) | int(word_1) << 32
+
+
+def sample_seed(run_seed: int, step: int, example: int, sample: int) -> int:
+    """The seed in [0, 2**64) that a sample of a training example's prompt is drawn by.
+
+    The same for all probes of a step; step, example and sample are below 2**32.
+    """
+    word_0, word_1, _, _ = philox((step, example, sample, Stream.SAMPLES), split_words(run_seed))
     return int(word_0) | int(word_1) << 32
 
 
