@@ -60,7 +60,7 @@ class Encoder:
                 self._encode(
                     "task.template",
                     example,
-                    data.demonstrations + example.prompt,
+                    (data.demonstrations + example.prompt, example.texts),
                     next(tokens),
                     [next(tokens) for _ in example.texts],
                 )
@@ -84,7 +84,11 @@ class Encoder:
             if not before:
                 first = self._first_token()
                 before, sequences = [first], [[first, *tokens] for tokens in sequences]
-            encodings.append(self._encode("task.unconditional", example, prompt, before, sequences))
+            encodings.append(
+                self._encode(
+                    "task.unconditional", example, example.unconditional, before, sequences
+                )
+            )
         return encodings
 
     def _first_token(self) -> int:
@@ -123,17 +127,18 @@ class Encoder:
         self,
         key: str,
         example: Example,
-        text: str,
+        texts: tuple[str, tuple[str, ...]],
         prompt: list[int],
         sequences: list[list[int]],
     ) -> Encoding:
-        """`text` is the prompt's, by the template of that key; its tokens are `prompt`."""
+        """`texts` are the prompt and all of it with each option, by the template of that key;
+        `prompt` and `sequences` are their tokens."""
         self._longest_prompt = max(self._longest_prompt, len(prompt))
         if not prompt and not sequences:
             raise ConfigError(f"{key}: nothing stands before {{option}}, in {example.origin}")
         if not sequences:
             return Encoding((), (), example.label, example.also_right)
-        start = self._border(key, example, text, prompt, sequences)
+        start = self._border(key, example, texts, prompt, sequences)
         # all options lose the same tokens, so that they follow the same prompt
         excess = max(0, max(map(len, sequences)) - self._max_length)
         if excess and excess >= start - 1:
@@ -153,7 +158,7 @@ class Encoder:
         self,
         key: str,
         example: Example,
-        text: str,
+        texts: tuple[str, tuple[str, ...]],
         prompt: list[int],
         sequences: list[list[int]],
     ) -> int:
@@ -164,11 +169,12 @@ class Encoder:
         """
         if _is_before(prompt, sequences):
             return len(prompt)
+        text, whole = texts
         (shorter,) = self._tokenize([text.rstrip()])
         if _is_before(shorter, sequences):
             return len(shorter)
         raise ConfigError(
-            f"{key}: the tokenizer merges prompt and option in {example.texts[0][-60:]!r}, "
+            f"{key}: the tokenizer merges prompt and option in {whole[0][-60:]!r}, "
             f"{example.origin}; put text, and a space or a line break, before {{option}}"
         )
 

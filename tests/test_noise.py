@@ -195,6 +195,19 @@ def test_seeds_differ_by_run_step_and_index() -> None:
     assert len({noise.derive_seed(*place) for place in places}) == len(places)
 
 
+def test_seeds_of_samples_differ_by_all_that_they_are_of() -> None:
+    places = [
+        (run, step, example, sample)
+        for run in (0, 1)
+        for step in (0, 1)
+        for example in range(5)
+        for sample in range(5)
+    ]
+    seeds = {noise.sample_seed(*place) for place in places}
+    assert len(seeds) == len(places)
+    assert not seeds & {noise.derive_seed(run, step, i) for run, step, i, _ in places}
+
+
 def test_permutation_is_one_and_differs_by_epoch() -> None:
     first, second = (noise.permutation(1, epoch, 1000) for epoch in (0, 1))
     assert first.dtype == np.int64
