@@ -227,10 +227,16 @@ def baseline(folder: Path) -> Evaluation | None:
 
 def evaluations(folder: Path) -> Iterator[Evaluation]:
     """What a run noted of its looks at test and dev rows."""
-    names = [field.name for field in fields(Evaluation)]
-    for entry in map(_with_tuples, entries(folder)):
+    for entry in entries(folder):
         if entry["kind"] in ("evaluation", DEV_EVALUATION):
-            yield Evaluation(**{name: entry[name] for name in names if name in entry})
+            yield evaluation(entry)
+
+
+def evaluation(entry: dict[str, Any]) -> Evaluation:
+    """What a line tells of a look; an earlier version's may lack what has a default."""
+    entry = _with_tuples(entry)
+    names = [field.name for field in fields(Evaluation)]
+    return Evaluation(**{name: entry[name] for name in names if name in entry})
 
 
 def best(looks: Iterable[Evaluation]) -> Evaluation | None:

@@ -18,7 +18,7 @@ from orchestrator import charts, metrics
 from orchestrator.charts import Points
 from orchestrator.config import Config, ConfigError, Section, load
 from orchestrator.evaluate import interval
-from orchestrator.metrics import Evaluation, Summary
+from orchestrator.metrics import Evaluation, Interval, Summary
 from orchestrator.seed_sync import Header, Ledger
 
 FOLDER, PAGE = "report", "index.html"
@@ -94,8 +94,7 @@ def _history(folder: Path) -> History:
     evaluations: dict[int, Evaluation] = {}
     for entry in metrics.entries(folder):
         if entry["kind"] == "evaluation":
-            looked = (entry["accuracy"], entry["num_examples"], entry["seconds"])
-            evaluations[entry["step"]] = Evaluation(entry["step"], *looked)
+            evaluations[entry["step"]] = metrics.evaluation(entry)
         elif entry["kind"] == "step":
             for name, value in _numbers(entry):
                 steps.setdefault(name, array("d")).append(entry["step"])
@@ -105,6 +104,8 @@ def _history(folder: Path) -> History:
 
 
 def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    if isinstance(entry.get("lost"), dict):
+        yield "lost_samples", sum(entry["lost"].values())
     for name, value in entry.items():
         if name not in ("kind", "step") and isinstance(value, int | float):
             yield name, value
@@ -163,31 +164,47 @@ def _page(story: Story) -> str:
 
 
 def _headline(story: Story) -> str:
-    """From the base model's accuracy to the latest, with what chance leaves open."""
+    """From the base model's metric to the latest, with what chance leaves open."""
     looks = story.history.evaluations
     first = next((look for look in looks if look.step == 0), None)
     last = looks[-1] if looks and looks[-1].step > 0 else None
     if last is None:
-        state = _percent(first.accuracy) if first else "no evaluation yet"
+        state = _value(first.metric, first.accuracy) if first else "no evaluation yet"
         told = f"Zero-shot; 95 % interval {_certainty(first)}." if first else ""
         return f"<h1>{state}</h1>\n<p>{told}</p>"
     after = f"after {last.step:,} steps" + ("" if story.summary else ", so far")
     if first is None:
-        told = f"Held-out accuracy {after}; 95 % interval {_certainty(last)}."
-        return f"<h1>{_percent(last.accuracy)}</h1>\n<p>{told}</p>"
-    gain = 100 * (last.accuracy - first.accuracy)
+        told = f"Held-out {last.metric} {after}; 95 % interval {_certainty(last)}."
+        return f"<h1>{_value(last.metric, last.accuracy)}</h1>\n<p>{told}</p>"
+    gain = last.accuracy - first.accuracy
     sign = "+" if gain >= 0 else "−"
+    points = f"{abs(gain):.3f}" if last.metric == "reward" else f"{100 * abs(gain):.1f} points"
+    before, now = (_value(look.metric, look.accuracy) for look in (first, last))
     return (
-        f"<h1>{_percent(first.accuracy)} <span>→</span> {_percent(last.accuracy)}"
-        f'<span class="gain">{sign} {abs(gain):.1f} points</span></h1>\n'
-        f"<p>Held-out accuracy, zero-shot and {after}. 95 % intervals: zero-shot "
+        f'<h1>{before} <span>→</span> {now}<span class="gain">{sign} {points}</span></h1>\n'
+        f"<p>Held-out {last.metric}, zero-shot and {after}. 95 % intervals: zero-shot "
         f"{_certainty(first)}; now {_certainty(last)}.</p>"
     )
 
 
 def _certainty(look: Evaluation) -> str:
-    low, high = interval(look.accuracy, look.num_examples)
-    return f"{100 * low:.1f} to {100 * high:.1f} % of {look.num_examples:,} examples"
+    ends = _ends(look.accuracy, look.num_examples, look.interval)
+    return f"{_range(look.metric, ends)} of {look.num_examples:,} examples"
+
+
+def _ends(value: float, number: int, recorded: Interval | None) -> Interval:
+    """The 95 % interval as it was recorded, or Wilson's of a share where it was not."""
+    return recorded if recorded is not None else interval(value, number)
+
+
+def _range(metric: str, ends: Interval) -> str:
+    if metric == "reward":
+        return f"{ends[0]:.3f} to {ends[1]:.3f}"
+    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f} %"
+
+
+def _value(metric: str, value: float) -> str:
+    return f"{value:.3f}" if metric == "reward" else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _facts(story: Story) -> str:
@@ -209,7 +226,7 @@ def _facts(story: Story) -> str:
 
 def _course(history: History) -> str:
     columns = history.columns
-    figures = [_accuracy(history.evaluations)] if history.evaluations else []
+    figures = [_looks(history.evaluations)] if history.evaluations else []
 
     def draw(name: str, title: str, form: str, note: str = "", **style: bool) -> None:
         points = columns.get(name)
@@ -232,6 +249,7 @@ def _course(history: History) -> str:
         figures.append(_figure(f"{what.capitalize()} a second", latest, svg))
     draw("num_dropped", "Dropped losses", ".0f", "seeds whose loss was not finite", from_zero=True)
     note = f"below 1, and so mostly noise: {history.total('below_floor'):,.0f} steps"
+    draw("lost_samples", "Lost samples", ".0f", "at which the reward failed", from_zero=True)
     draw("signal_to_noise", "Signal to noise of g", ".3g", note, smooth=True, from_zero=True)
     draw("kv_reuse", "KV reuse", ".2f", "share of tokens found in the cache", from_zero=True)
     if not figures:
@@ -239,15 +257,18 @@ def _course(history: History) -> str:
     return f'<div class="charts">\n{"".join(figures)}</div>'
 
 
-def _accuracy(looks: Sequence[Evaluation]) -> str:
+def _looks(looks: Sequence[Evaluation]) -> str:
+    metric = looks[-1].metric
     steps = np.array([look.step for look in looks], dtype=np.float64)
     values = np.array([look.accuracy for look in looks])
-    low, high = np.array([interval(look.accuracy, look.num_examples) for look in looks]).T
-    svg = charts.shares_with_intervals("accuracy", Points(steps, values), low, high)
+    ends = [_ends(look.accuracy, look.num_examples, look.interval) for look in looks]
+    low, high = (np.where(np.isfinite(end), end, values) for end in np.array(ends).T)
+    is_share = metric != "reward"
+    svg = charts.with_intervals("looks", Points(steps, values), low, high, percent=is_share)
     numbers = sorted({look.num_examples for look in looks})
     examples = " or ".join(f"{number:,}" for number in numbers)
-    note = f"bars: 95 % intervals (Wilson); a look takes {examples} examples"
-    return _figure("Held-out accuracy", f"looks: {len(looks)}", svg, note, wide=True)
+    note = f"bars: 95 % intervals; a look takes {examples} examples"
+    return _figure(f"Held-out {metric}", f"looks: {len(looks)}", svg, note, wide=True)
 
 
 def _figure(title: str, aside: str, svg: str, note: str = "", *, wide: bool = False) -> str:
@@ -268,12 +289,14 @@ def _result(story: Story) -> str:
         total = story.config.run.steps
         rows = [("State", f"unfinished: {story.num_steps:,} of {total:,} steps")]
         return _card("Final table", _table(rows))
-    number = summary.num_held_out
+    number, metric = summary.num_held_out, summary.metric
     rows = []
     if summary.baseline_accuracy is not None:
-        rows.append(("Zero-shot accuracy", _with_interval(summary.baseline_accuracy, number)))
+        ends = _ends(summary.baseline_accuracy, number, summary.baseline_interval)
+        rows.append((f"Zero-shot {metric}", _with_range(metric, summary.baseline_accuracy, ends)))
+    ends = _ends(summary.final_accuracy, number, summary.final_interval)
     rows += [
-        ("Final accuracy", _with_interval(summary.final_accuracy, number)),
+        (f"Final {metric}", _with_range(metric, summary.final_accuracy, ends)),
         ("Held-out examples", f"{number:,}"),
         ("Steps", f"{summary.steps:,}"),
         ("Wall time of the last process", _duration(summary.wall_s)),
@@ -281,6 +304,10 @@ def _result(story: Story) -> str:
         ("Tokens a second", f"{summary.trained_tokens_per_s:,.0f}"),
     ]
     return _card("Final table", _table(rows, numbers=True))
+
+
+def _with_range(metric: str, value: float, ends: Interval) -> str:
+    return f"{_value(metric, value)} <small>({_range(metric, ends).removesuffix(' %')})</small>"
 
 
 def _ledger(story: Story) -> str:
@@ -356,15 +383,6 @@ def _table(rows: Iterable[tuple[str, str]], kind: str = "", *, numbers: bool = F
 
 def _escaped(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(html.escape(name), html.escape(value)) for name, value in rows]
-
-
-def _with_interval(share: float, number: int) -> str:
-    low, high = interval(share, number)
-    return f"{_percent(share)} <small>({100 * low:.1f} to {100 * high:.1f})</small>"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import DEVICE, WORDS
+from test_launch import launch, mistake
 from test_training import LORA, train
 
 from orchestrator import noise, tasks
@@ -208,6 +209,59 @@ def test_lost_samples_are_counted_in_steps_and_looks(
     assert look.accuracy == pytest.approx(sum(score.value for score in chunk.examples) / 10)
     assert look.lost == sum(score.failure is not None for score in chunk.examples)
     assert look.interval is not None and look.interval[0] < look.accuracy < look.interval[1]
+
+
+@pytest.mark.slow
+def test_runs_with_actors_from_the_command_line(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same ledger as in one process; no failure ends them, and no secret is written."""
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent(MODULE) + "def told(row, text):\n"
+        "    assert os.environ['JUDGE_KEY'] == 'hidden-one'\n"
+        "    print(dict.fromkeys(os.environ), os.environ.get('HUB_TOKEN'))\n"
+        "    return score(row, text)\n"
+    )
+    monkeypatch.setenv("JUDGE_KEY", "hidden-one")
+    monkeypatch.setenv("HUB_TOKEN", "hidden-two")
+    values["task"]["reward"] |= {"function": "mine:told", "environment": ["JUDGE_KEY"]}
+    values["run"] |= {"eval_every": 1}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    lines = []
+    for kind in ("ray", "local"):
+        folder = tmp_path / kind
+        where = (f"fleet.kind={kind}", "fleet.num_replicas=2", f"run.dir={folder}")
+        done = launch("train", path, *where)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "the reward failed at some samples (" in done.stdout
+        assert "samples at which the reward failed: " in done.stdout
+        assert "Held-out reward" in done.stdout
+        lines.append((folder / "ledger.jsonl").read_bytes().splitlines()[1:])
+        summary = json.loads((folder / "summary.json").read_text())
+        assert set(summary["lost"]) <= set(LOST) and sum(summary["lost"].values()) > 0
+        log = (folder / "log.txt").read_text()
+        assert "further failures are only counted" in log and "JUDGE_KEY" in log
+        for file in folder.rglob("*"):
+            assert not file.is_file() or b"hidden" not in file.read_bytes(), file
+        assert "hidden" not in done.stdout + done.stderr
+    assert lines[0] == lines[1]
+    out = tmp_path / "scores.jsonl"
+    done = launch("eval", folder, "--out", out)
+    assert done.returncode == 0 and "after 3 steps: reward " in done.stdout, done.stdout
+    scores = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sum(score["value"] for score in scores) / 10 == pytest.approx(summary["final_accuracy"])
+
+
+def test_a_reward_that_is_not_there_is_told_before_anything_is_written(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    values["task"]["reward"]["function"] = "mine:scores"
+    path.write_text(yaml.safe_dump(values))
+    line = mistake("train", path, f"run.dir={folder}")
+    assert "task.reward.function: mine:scores: AttributeError: module 'mine' has no attr" in line
+    assert not folder.exists()
 
 
 def test_an_empty_generation_is_judged_as_any_text(values: dict[str, Any]) -> None:
