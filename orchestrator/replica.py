@@ -165,11 +165,7 @@ class Replica:
         ids = [id for id in examples for _ in range(number)]
         prompts = [prompt for prompt in self._prompts("train", examples) for _ in range(number)]
         temperature = reward.temperature if reward else 0.0
-        seeds = [
-            noise.sample_seed(self._run_seed, self._next_step, id, sample)
-            for id in examples
-            for sample in range(number)
-        ]
+        seeds = noise.sample_seeds(self._run_seed, self._next_step, examples, number)
         losses = []
         with closing(self.space.placed(probes)) as groups:
             for group in groups:

@@ -110,7 +110,7 @@ def test_a_probes_loss_is_minus_its_samples_mean_reward(
     prompts = replica._prompts("train", examples)
     parts, lost = [], dict.fromkeys(LOST, 0)
     for id, prompt in zip(examples, prompts, strict=True):
-        seeds = [noise.sample_seed(3, 0, id, sample) for sample in range(SAMPLES)]
+        seeds = noise.sample_seeds(3, 0, [id], SAMPLES)
         answers = replica.engine.generate(
             [prompt] * SAMPLES,
             Sampling(5, 1.0, stop_tokens=frozenset({1})),
