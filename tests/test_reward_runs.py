@@ -41,6 +41,10 @@ MODULE = """
             return float("nan")
         return len(set(words)) + 0.25 * row["bonus"] - 3
 
+    def goodness(row, text):
+        words = text.split()
+        return sum(word in ("good", "great", "lovely") for word in words) / 5
+
     def nothing(row, text):
         assert text == "", text
         return 0.5
@@ -209,6 +213,20 @@ def test_lost_samples_are_counted_in_steps_and_looks(
     assert look.accuracy == pytest.approx(sum(score.value for score in chunk.examples) / 10)
     assert look.lost == sum(score.failure is not None for score in chunk.examples)
     assert look.interval is not None and look.interval[0] < look.accuracy < look.interval[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("baseline", ["batch", "prompt"])
+def test_a_reward_rises(baseline: str, values: dict[str, Any], tmp_path: Path) -> None:
+    """Random weights learn to write good words: from one word in six or so to most."""
+    values["task"]["reward"] |= {"function": "mine:goodness", "failed": 0.0}
+    values["estimator"] |= {"kind": "es", "shaping": "z_score", "baseline": baseline}
+    values["estimator"] |= {"num_seeds": 8, "batch_size": 8, "eps": 0.2, "weight_decay": 0.0}
+    values["estimator"] |= {"lr": 0.2 if baseline == "batch" else 0.5}
+    values["run"]["steps"] = 40
+    lines = train(config(values), tmp_path / "ledger.jsonl")
+    means = [-sum(pair[0] for pair in json.loads(line)["losses"]) / 8 for line in lines]
+    assert sum(means[-5:]) / 5 > sum(means[:5]) / 5 + 0.3
 
 
 @pytest.mark.slow
