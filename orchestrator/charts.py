@@ -89,16 +89,18 @@ def course(name: str, points: Points, *, smooth: bool = False, from_zero: bool =
     return svg.text
 
 
-def shares_with_intervals(name: str, points: Points, low: Numbers, high: Numbers) -> str:
-    """Shares (0 to 1) as per cent over the steps, each with its interval; the first one dashed."""
+def with_intervals(name: str, points: Points, low: Numbers, high: Numbers, *, percent: bool) -> str:
+    """Values over the steps, each with its interval; the first one dashed. Shares (0 to 1) are
+    shown as per cent."""
+    scale, unit = (100, " %") if percent else (1, "")
     with _figure(name, width=7.4) as (axes, svg):
         steps, values = points.steps, points.values
-        axes.axhline(100 * values[0], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
-        axes.plot(steps, 100 * values, color=ACCENT, linewidth=1.6)
-        errors = 100 * np.stack([values - low, high - values])
+        axes.axhline(scale * values[0], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.plot(steps, scale * values, color=ACCENT, linewidth=1.6)
+        errors = scale * np.stack([values - low, high - values])
         axes.errorbar(
             steps,
-            100 * values,
+            scale * values,
             yerr=errors,
             color=ACCENT,
             fmt="o",
@@ -108,15 +110,15 @@ def shares_with_intervals(name: str, points: Points, low: Numbers, high: Numbers
         )
         for index in {0, len(steps) - 1}:
             axes.annotate(
-                f"{values[index]:.1%}".replace("%", " %"),
-                (steps[index], 100 * high[index]),
+                f"{scale * values[index]:.{1 if percent else 3}f}{unit}",
+                (steps[index], scale * high[index]),
                 xytext=(0, 5),
                 textcoords="offset points",
                 ha="center",
                 color=INK,
             )
         axes.margins(y=0.16)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
         _fit_steps(axes, steps, room=0.06)
     return svg.text
 

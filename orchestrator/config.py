@@ -127,6 +127,8 @@ class Estimator(Section):
     step divided by the losses' deviation. es: one sign, compared with the other seeds'."""
     shaping: Literal["none", "z_score", "rank"] = "none"
     """es: losses less the mean of the others, in deviations from the mean, or as ranks."""
+    baseline: Literal["batch", "prompt"] = "batch"
+    """es, shaped: losses are compared over the batch, or prompt by prompt and then averaged."""
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     num_seeds: Annotated[int, Field(ge=1, le=64, strict=True)] = 1
     """Perturbations a step."""
@@ -175,6 +177,11 @@ class Estimator(Section):
                 raise ValueError(f"{key}_final: missing; {kind}={schedule} has to end somewhere")
         if self.shaping != "none" and self.kind != "es":
             raise ValueError(f"shaping: is of no use to estimator.kind={self.kind}; leave it out")
+        if self.baseline == "prompt" and self.shaping == "none":
+            raise ValueError(
+                f"baseline: {self.baseline}: is of use to estimator.kind=es with shaping z_score "
+                "or rank alone; other kinds subtract prompt by prompt as it is; leave it out"
+            )
         if self.second_moment is not None and (self.kind == "fzoo" or self.shaping != "none"):
             raise ValueError(
                 f"second_moment: {self.second_moment}: the step of estimator.kind={self.kind} "
@@ -206,6 +213,36 @@ class Source(Section):
     """Field names of the file, to the names that the template uses."""
 
 
+class Reward(Section):
+    """The user's own function of a row and a generated text, and how it is called."""
+
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+    """MODULE:FUNCTION; called as function(row, text) in worker processes, it returns a number."""
+    path: str = "."
+    """Folder that the module is looked for in, before the working directory and what is
+    installed."""
+    samples: Positive = 4
+    """Texts that each probe generates a prompt."""
+    temperature: NonNegativeFloat = 1.0
+    """At which those are drawn; looks at held-out rows take the most likely token."""
+    failed: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """What a sample counts whose call fails."""
+    timeout: PositiveFloat = 10.0
+    """Seconds, by the clock, that a call may take."""
+    workers: Positive = 2
+    """Processes of a replica that call the function."""
+    environment: list[str] = []
+    """Names of environment variables that the function is to see beside the usual few."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                f"samples: {self.samples} at temperature 0 would all be the same; set it to 1"
+            )
+        return self
+
+
 class Task(Section):
     """Labelled rows, a template that turns one into prompts, and what an answer is worth."""
 
@@ -224,10 +261,13 @@ class Task(Section):
     """What calibration scores: the template without its row."""
     loss: Literal["option_ce", "lm"] = "option_ce"
     """option_ce: cross-entropy over the options. lm: over the right option's tokens."""
-    objective: Literal["loss", "accuracy", "f1", "exact_match"] = "loss"
+    objective: Literal["loss", "accuracy", "f1", "exact_match", "reward"] = "loss"
     """What is made small: the loss, or minus a metric's mean over the batch."""
-    metric: Literal["accuracy", "f1", "exact_match"] = "accuracy"
-    """accuracy: of the best-scored option. The others: of a generated answer, as SQuAD has them."""
+    metric: Literal["accuracy", "f1", "exact_match", "reward"] = "accuracy"
+    """accuracy: of the best-scored option. The others: of a generated answer; f1 and exact_match
+    as SQuAD has them."""
+    reward: Reward | None = None
+    """What objective or metric `reward` is of."""
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = ["\n"]
     """Generated answers end before the first of these texts."""
     max_new_tokens: Positive = 50
@@ -251,6 +291,11 @@ class Task(Section):
     def is_generated(self) -> bool:
         """Whether the model writes the answer, rather than choose among options."""
         return self.metric != "accuracy"
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether rows of generated answers must hold right ones: a reward alone asks for none."""
+        return {self.objective, self.metric} != {"reward"} or self.demonstrations > 0
 
     @model_validator(mode="before")
     @classmethod
@@ -291,10 +336,18 @@ class Task(Section):
         if self.objective != "loss" and (self.objective == "accuracy") == self.is_generated:
             raise ValueError(
                 f"objective: {self.objective} cannot be measured of answers whose metric is "
-                f"{self.metric}: accuracy is of options, f1 and exact_match of generated answers"
+                f"{self.metric}: accuracy is of options, f1, exact_match and reward of generated "
+                "answers"
+            )
+        is_rewarded = "reward" in (self.objective, self.metric)
+        if is_rewarded != (self.reward is not None):
+            raise ValueError(
+                "reward: missing; objective and metric reward want task.reward.function"
+                if is_rewarded
+                else "reward: is of no use where neither objective nor metric is reward"
             )
         if self.is_generated:
-            if self.options or self.loss != "lm":
+            if self.options or (self.needs_answers and self.loss != "lm"):
                 raise ValueError(
                     f"metric: {self.metric} is of generated answers, which have no options and "
                     "are trained on by loss: lm"
@@ -374,6 +427,12 @@ class Config(Section):
                 f"{self.space.master}: bfloat16 would be rounded twice a step, and the first "
                 "weights are kept beside a master on its own device"
             )
+        generates = self.task.objective not in ("loss", "accuracy")
+        if self.estimator.baseline == "prompt" and not generates:
+            raise ValueError(
+                "estimator.baseline: prompt: is of use where probes generate; task.objective is "
+                f"{self.task.objective}"
+            )
         if self.estimator.momentum and self.space.refresh > 1:
             raise ValueError(
                 f"estimator.momentum: {self.estimator.momentum}: space.refresh="
@@ -402,7 +461,10 @@ class Config(Section):
                 "model": {"path", "device"},
                 "space": {"init"},
                 # the options of a row are in the rows' hash; calibration trains nothing
-                "task": {"train", "test", "label_names", "unconditional"},
+                "task": {
+                    **dict.fromkeys(("train", "test", "label_names", "unconditional"), True),
+                    "reward": {"path", "timeout", "workers", "environment"},
+                },
                 "fleet": True,
             },
         )

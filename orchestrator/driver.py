@@ -14,7 +14,7 @@ from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.evaluate import measured, scores_of
 from orchestrator.metrics import Evaluation, Observer, StepMetrics
-from orchestrator.records import Fleet, FleetError, ProbeLoss, Split
+from orchestrator.records import FAILURES, Fleet, FleetError, ProbeLoss, Split
 from orchestrator.seed_sync import Ledger, StepRecord
 
 
@@ -116,6 +116,7 @@ class Driver:
             metric=found.metric,
             interval=(found.low, found.high),
             split=split,
+            lost=found.lost,
         )
         for observer in self._observers:
             observer.evaluation(evaluation)
@@ -167,7 +168,17 @@ def _metrics(
         num_tokens=sum(loss.num_tokens for loss in losses),
         seconds=seconds,
         signal_to_noise=signal_to_noise,
+        lost=_lost(losses),
     )
+
+
+def _lost(losses: Sequence[ProbeLoss]) -> dict[str, int] | None:
+    """The samples of all probes at which the reward failed, by kind; None without a reward."""
+    if not any(loss.lost for loss in losses):
+        return None
+    columns = zip(*(loss.lost for loss in losses), strict=True)
+    counts = dict(zip(FAILURES, map(sum, columns), strict=True))
+    return {kind: count for kind, count in counts.items() if count}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -17,7 +17,10 @@ TEXTS_PER_CALL = 1024  # bounds the tokens of long texts that exist before they 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """An example as tokens: a sequence per option, and where the option's tokens stand in it."""
+    """An example as tokens: a sequence per option, and where the option's tokens stand in it.
+
+    None where there is nothing but a prompt.
+    """
 
     sequences: tuple[tuple[int, ...], ...]
     spans: tuple[tuple[int, int], ...]
@@ -54,7 +57,13 @@ class Encoder:
             texts = (text for example in examples for text in (example.prompt, *example.texts))
             tokens = self._tokens(data.demonstrations + text for text in texts)
             self._splits[split] = [
-                self._encode(example, next(tokens), [next(tokens) for _ in example.texts])
+                self._encode(
+                    "task.template",
+                    example,
+                    (data.demonstrations + example.prompt, example.texts),
+                    next(tokens),
+                    [next(tokens) for _ in example.texts],
+                )
                 for example in examples
             ]
 
@@ -75,7 +84,11 @@ class Encoder:
             if not before:
                 first = self._first_token()
                 before, sequences = [first], [[first, *tokens] for tokens in sequences]
-            encodings.append(self._encode(example, before, sequences))
+            encodings.append(
+                self._encode(
+                    "task.unconditional", example, example.unconditional, before, sequences
+                )
+            )
         return encodings
 
     def _first_token(self) -> int:
@@ -96,9 +109,10 @@ class Encoder:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Tokens of the longest sequence; 0 where there are only prompts."""
         encodings = [encoding for split in self._splits.values() for encoding in split]
-        return max(len(tokens) for encoding in encodings for tokens in encoding.sequences)
+        lengths = (len(tokens) for encoding in encodings for tokens in encoding.sequences)
+        return max(lengths, default=0)
 
     def longest_continued(self, max_new_tokens: int) -> int:
         """Tokens of the longest prompt of `prompts` and of what continues it."""
@@ -109,9 +123,22 @@ class Encoder:
         while some := list(itertools.islice(texts, TEXTS_PER_CALL)):
             yield from self._tokenize(some)
 
-    def _encode(self, example: Example, prompt: list[int], sequences: list[list[int]]) -> Encoding:
+    def _encode(
+        self,
+        key: str,
+        example: Example,
+        texts: tuple[str, tuple[str, ...]],
+        prompt: list[int],
+        sequences: list[list[int]],
+    ) -> Encoding:
+        """`texts` are the prompt and all of it with each option, by the template of that key;
+        `prompt` and `sequences` are their tokens."""
         self._longest_prompt = max(self._longest_prompt, len(prompt))
-        start = self._border(example, prompt, sequences)
+        if not prompt and not sequences:
+            raise ConfigError(f"{key}: nothing stands before {{option}}, in {example.origin}")
+        if not sequences:
+            return Encoding((), (), example.label, example.also_right)
+        start = self._border(key, example, texts, prompt, sequences)
         # all options lose the same tokens, so that they follow the same prompt
         excess = max(0, max(map(len, sequences)) - self._max_length)
         if excess and excess >= start - 1:
@@ -127,7 +154,14 @@ class Encoder:
             also_right=example.also_right,
         )
 
-    def _border(self, example: Example, prompt: list[int], sequences: list[list[int]]) -> int:
+    def _border(
+        self,
+        key: str,
+        example: Example,
+        texts: tuple[str, tuple[str, ...]],
+        prompt: list[int],
+        sequences: list[list[int]],
+    ) -> int:
         """How many tokens of the sequences are the prompt's.
 
         Tokenizers may draw white space at the prompt's end to what follows; it is the option's
@@ -135,12 +169,12 @@ class Encoder:
         """
         if _is_before(prompt, sequences):
             return len(prompt)
-        text = self._data.demonstrations + example.prompt.rstrip()
-        (shorter,) = self._tokenize([text])
+        text, whole = texts
+        (shorter,) = self._tokenize([text.rstrip()])
         if _is_before(shorter, sequences):
             return len(shorter)
         raise ConfigError(
-            f"task.template: the tokenizer merges prompt and option in {example.texts[0][-60:]!r}, "
+            f"{key}: the tokenizer merges prompt and option in {whole[0][-60:]!r}, "
             f"{example.origin}; put text, and a space or a line break, before {{option}}"
         )
 

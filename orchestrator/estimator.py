@@ -86,7 +86,7 @@ def estimate(
 ) -> Estimate:
     """Coefficients of the step, from the losses of `probes` in their order."""
     seed_losses = _by_seed(estimator, losses)
-    projected = gradients(estimator, seed_losses)
+    projected = gradients(estimator, seed_losses, [loss.parts for loss in losses])
     num_kept = sum(gradient is not None for gradient in projected)
     scale = _scale(_with_squares(estimator, past, projected))
     coefficients = [

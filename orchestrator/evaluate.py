@@ -15,16 +15,25 @@ SHARES = ("accuracy", "exact_match")  # metrics whose values are 0 or 1
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A metric's mean over examples, and the ends of its 95 % interval, all from 0 to 1."""
+    """A metric's mean over examples, and the ends of its 95 % interval: from 0 to 1, but rewards,
+    which may be any numbers."""
 
     metric: str
     value: float
     low: float
     high: float
     num_examples: int
+    lost: int = 0
+    """Examples at which the reward failed."""
 
     def __str__(self) -> str:
-        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
+        return told(self.metric, self.value, (self.low, self.high))
+
+
+def told(metric: str, value: float, ends: tuple[float, float] | None = None) -> str:
+    """A mean as a user reads it, with the ends of its interval: per cent, but rewards as such."""
+    form = ".3f" if metric == "reward" else ".1%"
+    return f"{value:{form}}" + (f" ({ends[0]:{form}} to {ends[1]:{form}})" if ends else "")
 
 
 def share_computed(chunks: Sequence[ChunkScores]) -> tuple[int, int]:
@@ -44,22 +53,26 @@ def measured(metric: str, scores: Sequence[ExampleScore]) -> Measured:
     if metric in SHARES:
         low, high = interval(mean, len(values))
     else:
-        low, high = mean_interval(values)
-    return Measured(metric, mean, low, high, len(values))
+        bounds = (-math.inf, math.inf) if metric == "reward" else (0.0, 1.0)
+        low, high = mean_interval(values, bounds)
+    lost = sum(score.failure is not None for score in scores)
+    return Measured(metric, mean, low, high, len(values), lost)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean of values from 0 to 1, by the normal distribution.
+def mean_interval(
+    values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float]:
+    """The 95 % interval of the mean of values within bounds, by the normal distribution.
 
     One value says nothing of its spread: the interval is then all that is possible.
     """
     number = len(values)
     if number == 1:
-        return 0.0, 1.0
+        return bounds
     mean = math.fsum(values) / number
     variance = math.fsum((value - mean) ** 2 for value in values) / (number - 1)
     reach = NORMAL_QUANTILE * math.sqrt(variance / number)
-    return max(0.0, mean - reach), min(1.0, mean + reach)
+    return max(bounds[0], mean - reach), min(bounds[1], mean + reach)
 
 
 def interval(share: float, number: int) -> tuple[float, float]:

@@ -19,6 +19,9 @@ es          Salimans et al. 2017, arXiv 1703.03864; by `shaping`:
             Qiu et al. 2025, arXiv 2509.24372
   rank      g_i = the rank of L_i among the losses, from -0.5 to 0.5; equal losses share their mean
             the centred ranks of Salimans et al.
+            With `baseline: prompt` both are taken of each prompt's losses, and g_i is their mean
+            over the prompts; the z-score of a group that answers one prompt is that of Shao et al.
+            2024, arXiv 2402.03300. The ledger holds g_i's coefficients, but not a prompt's losses.
 """
 
 import math
@@ -32,8 +35,15 @@ LARGEST = 1e30  # of a gradient, or a loss among others: leaves room for lr, and
 FEWEST_COMPARED = 2  # losses that can be compared with each other
 
 
-def gradients(estimator: Estimator, losses: Sequence[SeedLosses]) -> list[float | None]:
-    """g_i a seed, within `estimator.clip`; None for a seed that is dropped."""
+def gradients(
+    estimator: Estimator,
+    losses: Sequence[SeedLosses],
+    parts: Sequence[Sequence[float]] = (),
+) -> list[float | None]:
+    """g_i a seed, within `estimator.clip`; None for a seed that is dropped.
+
+    `parts` has each seed's losses by prompt, for `baseline: prompt`.
+    """
     if estimator.kind == "two_sided":
         values = [_quotient(pair[0], pair[1], 2 * estimator.eps) for pair in losses]
     elif estimator.kind == "one_sided":
@@ -46,6 +56,8 @@ def gradients(estimator: Estimator, losses: Sequence[SeedLosses]) -> list[float 
         if estimator.kind == "fzoo":
             sigma = _deviation(kept)
             values = [_quotient(pair[0], pair[1], sigma) for pair in losses]
+        elif estimator.baseline == "prompt":
+            values = _shaped_by_prompt(estimator, perturbed, parts)
         else:
             shaped = dict(zip(kept, _shaped(estimator, kept), strict=True))
             values = [None if value is None else shaped.get(value) for value in perturbed]
@@ -77,6 +89,20 @@ def _shaped(estimator: Estimator, losses: Sequence[float]) -> Sequence[float | N
     # What a loss exceeds the others' mean by: n / (n - 1) times what it exceeds the mean by.
     correction = len(losses) / (len(losses) - 1)
     return [_quotient(value * correction, 0.0, estimator.eps) for value in centred]
+
+
+def _shaped_by_prompt(
+    estimator: Estimator, losses: Sequence[float | None], parts: Sequence[Sequence[float]]
+) -> list[float | None]:
+    """Per seed, the mean over prompts of what its loss is among the kept seeds' there."""
+    is_kept = [value is not None and abs(value) <= LARGEST for value in losses]
+    kept = [part for part, keep in zip(parts, is_kept, strict=True) if keep]
+    of_prompts = [_shaped(estimator, of_prompt) for of_prompt in zip(*kept, strict=True)]
+    means = iter(
+        math.fsum(value or 0.0 for value in of_seed) / len(of_seed)
+        for of_seed in zip(*of_prompts, strict=True)
+    )
+    return [next(means) if keep else None for keep in is_kept]
 
 
 def _centred(losses: Sequence[float]) -> list[float]:

@@ -40,6 +40,9 @@ class StepMetrics:
     signal_to_noise: float | None = None
     """Of the step's slopes, against the loss's own noise (`noise_floor`): below 1 the step is
     mostly noise. None where it is not known."""
+    lost: dict[str, int] | None = None
+    """With a reward: how many of the step's samples failed, by kind; kinds that did not occur are
+    left out."""
 
     @property
     def is_below_floor(self) -> bool:
@@ -62,6 +65,8 @@ class Evaluation:
     metric: str = "accuracy"
     interval: Interval | None = None
     split: str = "test"
+    lost: int = 0
+    """Examples at which the reward failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,8 @@ class Summary:
     """With dev rows: after so many steps their metric was best; `--at best`."""
     best_dev: float | None = None
     """Its mean over the dev rows then."""
+    lost: dict[str, int] | None = None
+    """With a reward: how many samples of all steps failed, by kind."""
 
 
 def _required(kind: type[StepMetrics] | type[Evaluation]) -> tuple[str, ...]:
@@ -133,6 +140,8 @@ class Records:
         }
         if metrics.signal_to_noise is not None:
             values["train/signal_to_noise"] = metrics.signal_to_noise
+        if metrics.lost is not None:
+            values["train/lost_samples"] = sum(metrics.lost.values())
         self._draw(metrics.step, values)
 
     def evaluation(self, evaluation: Evaluation) -> None:
@@ -218,16 +227,31 @@ def baseline(folder: Path) -> Evaluation | None:
 
 def evaluations(folder: Path) -> Iterator[Evaluation]:
     """What a run noted of its looks at test and dev rows."""
-    names = [field.name for field in fields(Evaluation)]
-    for entry in map(_with_tuples, entries(folder)):
+    for entry in entries(folder):
         if entry["kind"] in ("evaluation", DEV_EVALUATION):
-            yield Evaluation(**{name: entry[name] for name in names if name in entry})
+            yield evaluation(entry)
+
+
+def evaluation(entry: dict[str, Any]) -> Evaluation:
+    """What a line tells of a look; an earlier version's may lack what has a default."""
+    entry = _with_tuples(entry)
+    names = [field.name for field in fields(Evaluation)]
+    return Evaluation(**{name: entry[name] for name in names if name in entry})
 
 
 def best(looks: Iterable[Evaluation]) -> Evaluation | None:
     """Of looks at dev rows the one with the largest mean, the earliest of several; None of none."""
     order = sorted((look for look in looks if look.split == "dev"), key=lambda look: look.step)
     return max(order, key=lambda look: look.accuracy, default=None)
+
+
+def lost(folder: Path) -> dict[str, int] | None:
+    """How many samples a reward failed at in all steps, by kind; None for a run without one."""
+    steps = {entry["step"]: entry for entry in entries(folder) if entry["kind"] == "step"}
+    noted = [entry["lost"] for entry in steps.values() if entry.get("lost") is not None]
+    if not noted:
+        return None
+    return {kind: sum(each.get(kind, 0) for each in noted) for kind in sorted(set().union(*noted))}
 
 
 def read_summary(folder: Path) -> Summary | None:

@@ -53,6 +53,7 @@ class Stream(IntEnum):
     ORDER = 3
     INITIAL = 4
     SAMPLING = 5
+    SAMPLES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +222,21 @@ def derive_seed(run_seed: int, step: int, index: int) -> int:
     counter = (*split_words(step), index, Stream.SEEDS)
     word_0, word_1, _, _ = philox(counter, split_words(run_seed))
     return int(word_0) | int(word_1) << 32
+
+
+def sample_seeds(run_seed: int, step: int, examples: Sequence[int], number: int) -> list[int]:
+    """The seeds in [0, 2**64) that samples of training examples' prompts are drawn by: `number` for
+    the first example, then as many for the second, and so on.
+
+    The same for all probes of a step; step, examples and number are below 2**32.
+    """
+    example = np.repeat(np.array(examples, np.uint64), number)
+    sample = np.tile(_indices(0, number), len(examples))
+    word_0, word_1, _, _ = philox((step, example, sample, Stream.SAMPLES), split_words(run_seed))
+    seeds: list[int] = (
+        word_0.astype(np.uint64) | word_1.astype(np.uint64) << np.uint64(32)
+    ).tolist()
+    return seeds
 
 
 def permutation(run_seed: int, epoch: int, size: int) -> NDArray[np.int64]:

@@ -47,7 +47,7 @@ def deviation(losses: Sequence[float]) -> float | None:
 def slopes(estimator: Estimator, losses: Sequence[SeedLosses]) -> list[float]:
     """The kept seeds' slopes along z, whatever the recipe makes of them: unclipped, unshaped."""
     kind = "one_sided" if estimator.kind == "fzoo" else estimator.kind
-    plain = {"kind": kind, "shaping": "none", "clip": None}
+    plain = {"kind": kind, "shaping": "none", "baseline": "batch", "clip": None}
     measured = gradients(estimator.model_copy(update=plain), losses)
     return [value for value in measured if value is not None]
 

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.metrics import Evaluation, Interval, StepMetrics, Summary
+from orchestrator.evaluate import told
+from orchestrator.metrics import LOG_FILE, Evaluation, StepMetrics, Summary
 
 PLAIN_LINE_EVERY_S = 10.0
 WATCHED_STEPS, MOST_BELOW_FLOOR = 20, 14  # one step's signal-to-noise says little
@@ -39,14 +40,15 @@ class Display:
             TextColumn("loss {task.fields[loss]}  |g| {task.fields[gradient]}"),
             _StepsPerSecond(),
             TimeRemainingColumn(),
-            TextColumn("left  held-out {task.fields[accuracy]}"),
+            TextColumn("left  held-out {task.fields[accuracy]}{task.fields[lost]}"),
             console=self._console,
         )
         self._bar = self._progress.add_task(
-            "train", total=num_steps, start=False, loss="-", gradient="-", accuracy="-"
+            "train", total=num_steps, start=False, loss="-", gradient="-", accuracy="-", lost=""
         )
         self._last_plain = 0.0
         self._accuracy = "-"
+        self._num_lost = 0
         self._below_floor: deque[bool] = deque(maxlen=WATCHED_STEPS)
         self._has_warned = False
 
@@ -71,6 +73,7 @@ class Display:
         self._progress.update(self._bar, completed=done, loss=loss, gradient=gradient)
         if metrics.num_dropped:
             self.say(f"step {done}: dropped {metrics.num_dropped} seeds whose loss was not finite")
+        lost = self._count_lost(metrics)
         self._below_floor.append(metrics.is_below_floor)
         if sum(self._below_floor) > MOST_BELOW_FLOOR and not self._has_warned:
             self._has_warned = True
@@ -87,43 +90,57 @@ class Display:
             left = metrics.seconds * (self._num_steps - done)
             self.say(
                 f"step {done}/{self._num_steps}  loss {loss}  |g| {gradient}  "
-                f"{1 / metrics.seconds:.2f} steps/s  {left:.0f} s left  held-out {self._accuracy}"
+                f"{1 / metrics.seconds:.2f} steps/s  {left:.0f} s left  "
+                f"held-out {self._accuracy}{lost}"
             )
 
+    def _count_lost(self, metrics: StepMetrics) -> str:
+        """What the line tells of rewards that failed; the first of them are told at once."""
+        if metrics.lost and not self._num_lost:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in metrics.lost.items())
+            self.say(
+                f"step {metrics.step + 1}: the reward failed at some samples ({kinds}); {LOG_FILE} "
+                "tells of the first"
+            )
+        self._num_lost += sum((metrics.lost or {}).values())
+        lost = f"  lost {self._num_lost:,}" if self._num_lost else ""
+        self._progress.update(self._bar, lost=lost)
+        return lost
+
     def evaluation(self, evaluation: Evaluation) -> None:
-        self._accuracy = f"{evaluation.accuracy:.1%}"
+        self._accuracy = told(evaluation.metric, evaluation.accuracy)
         self._progress.update(self._bar, accuracy=self._accuracy)
         rows = "held-out" if evaluation.split == "test" else evaluation.split
-        share = _share(evaluation.accuracy, evaluation.interval)
+        share = told(evaluation.metric, evaluation.accuracy, evaluation.interval)
+        lost = f"; the reward failed at {evaluation.lost}" if evaluation.lost else ""
         self.say(
             f"after {evaluation.step} steps: {evaluation.metric} {share} on "
-            f"{evaluation.num_examples} {rows} examples ({evaluation.seconds:.0f} s)"
+            f"{evaluation.num_examples} {rows} examples ({evaluation.seconds:.0f} s){lost}"
         )
 
     def result(self, summary: Summary, folder: Path) -> None:
         """The closing table."""
-        table = Table(title=f"Held-out {summary.metric}")
+        metric = summary.metric
+        table = Table(title=f"Held-out {metric}")
         table.add_column("")
-        table.add_column(f"{summary.metric} (95 % interval)", justify="right")
+        table.add_column(f"{metric} (95 % interval)", justify="right")
         table.add_column("examples", justify="right")
         examples = str(summary.num_held_out)
         if summary.baseline_accuracy is not None:
-            share = _share(summary.baseline_accuracy, summary.baseline_interval)
+            share = told(metric, summary.baseline_accuracy, summary.baseline_interval)
             table.add_row("zero-shot", share, examples)
-        share = _share(summary.final_accuracy, summary.final_interval)
+        share = told(metric, summary.final_accuracy, summary.final_interval)
         table.add_row(f"after {summary.steps} steps", share, examples)
         self._console.print(table)
-        if summary.best_step is not None:
+        if summary.lost:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.lost.items())
+            self.say(f"samples at which the reward failed: {kinds}")
+        if summary.best_step is not None and summary.best_dev is not None:
             self.say(
-                f"best on dev rows: {summary.best_dev:.1%} after {summary.best_step} steps; to "
-                f"evaluate or export that state, use --at best"
+                f"best on dev rows: {told(metric, summary.best_dev)} after {summary.best_step} "
+                f"steps; to evaluate or export that state, use --at best"
             )
         self.say(
             f"{summary.wall_s:.0f} s, {summary.evaluations_per_s:.2f} probes/s, "
             f"{summary.trained_tokens_per_s:.0f} tokens/s\nrun folder: {folder}"
         )
-
-
-def _share(value: float, interval: Interval | None) -> str:
-    ends = "" if interval is None else f" ({interval[0]:.1%} to {interval[1]:.1%})"
-    return f"{value:.1%}{ends}"

@@ -28,12 +28,20 @@ class Probe:
     examples: tuple[int, ...]
 
 
+FAILURES = ("timeout", "crash", "raised", "not_a_number", "not_finite")
+"""How a call of a reward function may fail."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProbeLoss:
     """A probe's scalar, the mean loss over its examples, and how many tokens it took to compute."""
 
     value: float
     num_tokens: int
+    parts: tuple[float, ...] = ()
+    """Where probes generate, the loss of each example."""
+    lost: tuple[int, ...] = ()
+    """With a reward, how many of its samples failed, by FAILURES."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +97,7 @@ class ExampleScore:
 
     id: int
     value: float
-    """Of the metric, from 0 to 1."""
+    """Of the metric, from 0 to 1; a reward may be any number."""
     label: int | None = None
     """The option that would be trained on."""
     also_right: tuple[int, ...] = ()
@@ -101,6 +109,8 @@ class ExampleScore:
     """The option that scores highest."""
     answer: str | None = None
     """What was generated, as it was compared with the right answers."""
+    failure: str | None = None
+    """How the reward function failed at it, one of FAILURES; `value` is then task.reward.failed."""
 
 
 @dataclass(frozen=True, slots=True)

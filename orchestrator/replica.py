@@ -5,7 +5,6 @@ the replica may be missing, so that a call's answer depends on nothing but its a
 """
 
 import importlib.metadata
-import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from orchestrator import answers, checkpoint, tasks
+from orchestrator import answers, checkpoint, noise, rewards, tasks
 from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError
 from orchestrator.encoder import Encoder, Encoding
@@ -35,6 +34,7 @@ from orchestrator.records import (
     Split,
     StepUpdate,
 )
+from orchestrator.rewards import Judged, RewardPool
 from orchestrator.sampling import Continuation, Sampling
 from orchestrator.score_plan import ScorePlan, Scores, SpanScore
 from orchestrator.spaces import SpacePlan
@@ -59,7 +59,7 @@ class Replica:
 
     def __init__(self, config: Config, device: str) -> None:
         """Load everything. `device` is "cpu" or "cuda". Raises ConfigError for what is missing."""
-        self._task = config.task
+        self._task, self._run_seed = config.task, config.run.seed
         self._folder = folder = checkpoint.locate(config.model.path)
         weights = checkpoint.Checkpoint(folder)
         plan = SpacePlan(config, weights)
@@ -92,6 +92,7 @@ class Replica:
             max_length=config.task.max_length,
         )
         self._require_fit(config, plan.rows_per_sequence)
+        self._rewards = RewardPool(config.task.reward) if config.task.reward else None
         self._batches = Batches(config, len(data.train))
         self._latest: list[Batch] = []
         self._next_step = 0
@@ -134,7 +135,7 @@ class Replica:
         if not probes:
             return []
         examples = self._examples(probes)
-        if self._task.objective in answers.METRICS:
+        if self._task.objective not in ("loss", "accuracy"):
             return self._answer_losses(examples, probes)
         batch = self._batch(examples)
         launches: dict[Adapters, list[Launched]] = {}
@@ -157,24 +158,26 @@ class Replica:
         return [loss for adapters in order for loss in next(losses[adapters])]
 
     def _answer_losses(self, examples: Sequence[int], probes: Sequence[Probe]) -> list[ProbeLoss]:
-        """Minus the metric's mean over the answers that are generated under each probe.
+        """Minus the mean worth of what is generated under each probe.
 
-        Not finite where an answer's logits were not.
+        Not finite where the logits of an answer were not.
         """
-        prompts, losses = self._prompts("train", examples), []
+        reward = self._task.reward if self._task.objective == "reward" else None
+        number = reward.samples if reward else 1
+        ids = [id for id in examples for _ in range(number)]
+        prompts = [prompt for prompt in self._prompts("train", examples) for _ in range(number)]
+        temperature = reward.temperature if reward else 0.0
+        seeds = noise.sample_seeds(self._run_seed, self._next_step, examples, number)
+        losses = []
         with closing(self.space.placed(probes)) as groups:
             for group in groups:
-                found = iter(self._continued(prompts, [placed.adapter for placed in group]))
-                for _ in group:
-                    own = list(itertools.islice(found, len(prompts)))
-                    values = [
-                        math.nan
-                        if each.ended == "undefined"
-                        else self._worth(self._task.objective, "train", id, each)
-                        for id, each in zip(examples, own, strict=True)
-                    ]
-                    mean = sum(values) / len(values)
-                    losses.append(ProbeLoss(-mean, _num_tokens(prompts, own)))
+                adapters = [placed.adapter for placed in group]
+                found = self._continued(prompts, adapters, temperature=temperature, seeds=seeds)
+                judged = self._judged(self._task.objective, "train", ids * len(group), found)
+                for first in range(0, len(found), len(ids)):
+                    own = slice(first, first + len(ids))
+                    num_tokens = _num_tokens(prompts, found[own])
+                    losses.append(answer_loss(found[own], judged[own], number, num_tokens))
         return losses
 
     def score(
@@ -272,10 +275,10 @@ class Replica:
         prompts = self._prompts(split, examples)
         namespace, num_warm = self._warmed(prompts)
         found = self._continued(prompts, (self.space.adapter,), namespace)
-        metric = self._task.metric
+        judged = self._judged(self._task.metric, split, examples, found)
         scores = [
-            ExampleScore(id, self._worth(metric, split, id, each), answer=self._answer(each))
-            for id, each in zip(examples, found, strict=True)
+            ExampleScore(id, worth.value, answer=self._answer(each), failure=worth.failure)
+            for id, each, worth in zip(examples, found, judged, strict=True)
         ]
         num_reused = sum(each.num_reused for each in found)
         num_tokens = _num_tokens(prompts, found) - num_reused
@@ -289,26 +292,45 @@ class Replica:
         prompts: Sequence[Sequence[int]],
         adapters: Sequence[str | None],
         namespace: str | None = None,
+        *,
+        temperature: float = 0.0,
+        seeds: Sequence[int] | None = None,
     ) -> list[Continuation]:
-        """Greedy continuations under the first adapter, then those under the second, and so on."""
+        """Continuations under the first adapter, then those under the second, and so on; drawn by
+        a seed a prompt where there is a temperature."""
         ends = {self._tokenizer.eos_token_id} - {None} | self.engine.eos_tokens
         sampling = Sampling(
             self._task.max_new_tokens,
+            temperature,
             stop_tokens=frozenset(ends),
             stop_strings=tuple(self._task.stop),
         )
         return self.engine.generate(
-            prompts, sampling, adapters=adapters, decode=self._decode, namespace=namespace
+            prompts,
+            sampling,
+            adapters=adapters,
+            seeds=seeds,
+            decode=self._decode,
+            namespace=namespace,
         )
 
     def _answer(self, continuation: Continuation) -> str:
         assert continuation.text is not None  # a decode was handed in
         return answers.cut(continuation.text, self._task.stop)
 
-    def _worth(self, metric: str, split: Split, id: int, continuation: Continuation) -> float:
-        """What a metric gives for a generated answer to an example."""
-        right = self._data.split(split)[id].answers
-        return answers.METRICS[metric](self._answer(continuation), right)
+    def _judged(
+        self, metric: str, split: Split, ids: Sequence[int], found: Sequence[Continuation]
+    ) -> list[Judged]:
+        """What a metric gives for generated answers to these examples."""
+        texts = [self._answer(each) for each in found]
+        examples = [self._data.split(split)[id] for id in ids]
+        if metric != "reward":
+            worth = answers.METRICS[metric]
+            pairs = zip(texts, examples, strict=True)
+            return [Judged(worth(text, example.answers)) for text, example in pairs]
+        assert self._rewards is not None  # the configuration has it where it is asked for
+        rows = [example.row or {} for example in examples]
+        return self._rewards.judge(list(zip(rows, texts, strict=True)))
 
     def digest(self, updates: Sequence[StepUpdate]) -> str:
         """Checksum of the trained state that the updates lead to."""
@@ -321,7 +343,9 @@ class Replica:
         self.space.export(self._folder, folder)
 
     def close(self) -> None:
-        """Give the engine's and the space's memory back."""
+        """Give the engine's and the space's memory back, and end the reward's processes."""
+        if self._rewards is not None:
+            self._rewards.close()
         del self.space  # it holds views of the model's parameters
         self.engine.close()
 
@@ -406,6 +430,21 @@ def _by_option(encodings: Sequence[Encoding], scores: Scores) -> list[list[list[
         [[next(spans) for _ in encoding.spans] for encoding in encodings]
         for _ in range(len(scores.spans) // num_spans)
     ]
+
+
+def answer_loss(
+    found: Sequence[Continuation], judged: Sequence[Judged], number: int, num_tokens: int
+) -> ProbeLoss:
+    """A probe's loss: minus the mean over examples of that over the `number` answers to each."""
+    worth = [
+        math.nan if each.ended == "undefined" else value.value
+        for each, value in zip(found, judged, strict=True)
+    ]
+    parts = tuple(
+        -math.fsum(worth[first : first + number]) / number for first in range(0, len(worth), number)
+    )
+    mean = math.fsum(parts) / len(parts)
+    return ProbeLoss(mean, num_tokens, parts, rewards.count(judged))
 
 
 def batch_loss(

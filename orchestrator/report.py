@@ -24,6 +24,7 @@ from orchestrator.seed_sync import Header, Ledger
 FOLDER, PAGE = "report", "index.html"
 STYLE = Path(__file__).with_suffix(".css")
 METRICS = {"f1": "F1", "exact_match": "exact match"}  # how the page calls them, if not by name
+PLAIN = ("reward",)  # metrics that are no shares, and not shown as per cent
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,8 @@ def _history(folder: Path) -> History:
 
 
 def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    if isinstance(entry.get("lost"), dict):
+        yield "lost_samples", sum(entry["lost"].values())
     for name, value in entry.items():
         if name not in ("kind", "step") and isinstance(value, int | float):
             yield name, value
@@ -171,19 +174,20 @@ def _headline(story: Story) -> str:
     first = next((look for look in looks if look.step == 0), None)
     last = looks[-1] if looks and looks[-1].step > 0 else None
     if last is None:
-        state = _percent(first.accuracy) if first else "no evaluation yet"
+        state = _value(first.metric, first.accuracy) if first else "no evaluation yet"
         told = f"Zero-shot {_metric(first.metric)}; {_certainty(first)}." if first else ""
         return f"<h1>{state}</h1>\n<p>{told}</p>"
     after = f"after {last.step:,} steps" + ("" if story.summary else ", so far")
     metric = _metric(last.metric)
     if first is None:
         told = f"Held-out {metric} {after}; {_certainty(last)}."
-        return f"<h1>{_percent(last.accuracy)}</h1>\n<p>{told}</p>"
-    gain = 100 * (last.accuracy - first.accuracy)
+        return f"<h1>{_value(last.metric, last.accuracy)}</h1>\n<p>{told}</p>"
+    gain = last.accuracy - first.accuracy
     sign = "+" if gain >= 0 else "−"
+    points = f"{abs(gain):.3f}" if last.metric in PLAIN else f"{100 * abs(gain):.1f} points"
+    before, now = (_value(look.metric, look.accuracy) for look in (first, last))
     return (
-        f"<h1>{_percent(first.accuracy)} <span>→</span> {_percent(last.accuracy)}"
-        f'<span class="gain">{sign} {abs(gain):.1f} points</span></h1>\n'
+        f'<h1>{before} <span>→</span> {now}<span class="gain">{sign} {points}</span></h1>\n'
         f"<p>Held-out {metric}, zero-shot and {after}. Zero-shot: {_certainty(first)}; now: "
         f"{_certainty(last)}.</p>"
     )
@@ -198,7 +202,7 @@ def _certainty(look: Evaluation) -> str:
     ends = _ends(look.metric, look.accuracy, look.num_examples, look.interval)
     if ends is None:
         return examples
-    return f"95 % interval {100 * ends[0]:.1f} to {100 * ends[1]:.1f} %, of {examples}"
+    return f"95 % interval {_range(look.metric, ends)}, of {examples}"
 
 
 def _ends(metric: str, value: float, number: int, noted: Interval | None) -> Interval | None:
@@ -207,6 +211,16 @@ def _ends(metric: str, value: float, number: int, noted: Interval | None) -> Int
     if noted is None and metric in SHARES:
         return interval(value, number)
     return noted
+
+
+def _range(metric: str, ends: Interval) -> str:
+    if metric in PLAIN:
+        return f"{ends[0]:.3f} to {ends[1]:.3f}"
+    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f} %"
+
+
+def _value(metric: str, value: float) -> str:
+    return f"{value:.3f}" if metric in PLAIN else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _facts(story: Story) -> str:
@@ -234,7 +248,7 @@ def _course(history: History) -> str:
         figures.append(_looks("held_out", title, history.evaluations))
     best = metrics.best(history.dev)
     if best is not None:
-        note = f"; best after {best.step:,} steps: {_percent(best.accuracy)}"
+        note = f"; best after {best.step:,} steps: {_value(best.metric, best.accuracy)}"
         title = f"{_metric(best.metric)} on dev rows"
         figures.append(_looks("dev", title[0].upper() + title[1:], history.dev, note))
 
@@ -259,6 +273,7 @@ def _course(history: History) -> str:
         figures.append(_figure(f"{what.capitalize()} a second", latest, svg))
     draw("num_dropped", "Dropped losses", ".0f", "seeds whose loss was not finite", from_zero=True)
     note = f"below 1, and so mostly noise: {history.total('below_floor'):,.0f} steps"
+    draw("lost_samples", "Lost samples", ".0f", "at which the reward failed", from_zero=True)
     draw("signal_to_noise", "Signal to noise of g", ".3g", note, smooth=True, from_zero=True)
     draw("kv_reuse", "KV reuse", ".2f", "share of tokens found in the cache", from_zero=True)
     if not figures:
@@ -272,8 +287,9 @@ def _looks(name: str, title: str, looks: Sequence[Evaluation], more: str = "") -
     values = np.array([look.accuracy for look in looks])
     ends = [_ends(look.metric, look.accuracy, look.num_examples, look.interval) for look in looks]
     known = [end or (value, value) for end, value in zip(ends, values, strict=True)]
-    low, high = np.array(known).T
-    svg = charts.shares_with_intervals(name, Points(steps, values), low, high)
+    low, high = (np.where(np.isfinite(end), end, values) for end in np.array(known).T)
+    is_share = looks[-1].metric not in PLAIN
+    svg = charts.with_intervals(name, Points(steps, values), low, high, percent=is_share)
     numbers = sorted({look.num_examples for look in looks})
     note = f"a look takes {' or '.join(f'{number:,}' for number in numbers)} examples{more}"
     if any(ends):
@@ -305,11 +321,11 @@ def _result(story: Story) -> str:
     if summary.baseline_accuracy is not None:
         value = summary.baseline_accuracy
         ends = _ends(metric, value, number, summary.baseline_interval)
-        rows.append((f"Zero-shot {_metric(metric)}", _with_interval(value, ends)))
+        rows.append((f"Zero-shot {_metric(metric)}", _with_interval(metric, value, ends)))
     ends = _ends(metric, summary.final_accuracy, number, summary.final_interval)
-    rows.append((f"Final {_metric(metric)}", _with_interval(summary.final_accuracy, ends)))
+    rows.append((f"Final {_metric(metric)}", _with_interval(metric, summary.final_accuracy, ends)))
     if summary.best_step is not None and summary.best_dev is not None:
-        best = f"{summary.best_step:,} <small>({_percent(summary.best_dev)})</small>"
+        best = f"{summary.best_step:,} <small>({_value(metric, summary.best_dev)})</small>"
         rows.append(("Best step by dev rows", best))
     rows += [
         ("Held-out examples", f"{number:,}"),
@@ -319,6 +335,10 @@ def _result(story: Story) -> str:
         ("Tokens a second", f"{summary.trained_tokens_per_s:,.0f}"),
     ]
     return _card("Final table", _table(rows, numbers=True))
+
+
+def _with_range(metric: str, value: float, ends: Interval) -> str:
+    return f"{_value(metric, value)} <small>({_range(metric, ends).removesuffix(' %')})</small>"
 
 
 def _ledger(story: Story) -> str:
@@ -396,14 +416,10 @@ def _escaped(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(html.escape(name), html.escape(value)) for name, value in rows]
 
 
-def _with_interval(value: float, ends: Interval | None) -> str:
+def _with_interval(metric: str, value: float, ends: Interval | None) -> str:
     if ends is None:
-        return _percent(value)
-    return f"{_percent(value)} <small>({100 * ends[0]:.1f} to {100 * ends[1]:.1f})</small>"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+        return _value(metric, value)
+    return f"{_value(metric, value)} <small>({_range(metric, ends).removesuffix(' %')})</small>"
 
 
 def _duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from orchestrator import assets, metrics, output, tasks
+from orchestrator import assets, metrics, output, rewards, tasks
 from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError, load
 from orchestrator.driver import Driver
@@ -87,7 +87,8 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(
             f"{culprit}: the run in {folder} has steps that depend on this key; what may change is "
             "model.path, model.device, space.init, task.train, task.test, task.label_names, "
-            "task.unconditional, fleet.kind, fleet.num_replicas, run.eval_every, "
+            "task.unconditional, task.reward.path, task.reward.timeout, task.reward.workers, "
+            "task.reward.environment, fleet.kind, fleet.num_replicas, run.eval_every, "
             "run.eval_examples, run.check_every and, with model.score_graphs=false, space.master "
             "between float32 and host"
         )
@@ -152,11 +153,15 @@ def _checked(config: Config, folder: Path) -> Run:
         if source is not None
     }
     folder = folder.absolute()
+    changes: dict[str, object] = dict(sources)
+    if task.reward is not None:
+        place = assets.absolute(task.reward.path)
+        changes["reward"] = task.reward.model_copy(update={"path": place})
     config = config.model_copy(
         update={
             "model": model.model_copy(update={"path": assets.absolute(model.path)}),
             "space": space,
-            "task": task.model_copy(update=sources),
+            "task": task.model_copy(update=changes),
             "run": config.run.model_copy(update={"dir": str(folder)}),
         }
     )
@@ -169,6 +174,7 @@ def _checked(config: Config, folder: Path) -> Run:
 def train(run: Run) -> None:
     """Take the run to its last step; the held-out metric before and after goes to the user."""
     steps = run.config.run.steps
+    _check_reward(run)
     with _locked_folder(run):
         summary = run.summary()
         if summary is not None:
@@ -229,6 +235,7 @@ def _train(run: Run, display: Display) -> None:
             final_interval=final.interval,
             best_step=best.step if best else None,
             best_dev=best.accuracy if best else None,
+            lost=metrics.lost(run.folder),
         )
         records.summary(summary)
     display.result(summary, run.folder)
@@ -268,6 +275,7 @@ def evaluate(
         raise ConfigError(f"--out: {out}: must be the name of a file that ends in .jsonl")
     if not os.access(out.parent, os.W_OK):
         raise ConfigError(f"--out: {out}: the folder {out.parent} cannot be written to")
+    _check_reward(run)
     log = out.with_suffix(".log")
     output.divert(log)
     display = Display(output.terminal(), run.config.run.steps)
@@ -287,7 +295,8 @@ def evaluate(
     name = f"calibrated {found.metric}" if calibrated else found.metric
     if linear_probe:
         name = f"linear probe of {len(run.data.train)} training rows, {name}"
-    display.say(f"{state}: {name} {found} on {found.num_examples} held-out examples")
+    lost = f"; the reward failed at {found.lost}, see {log}" if found.lost else ""
+    display.say(f"{state}: {name} {found} on {found.num_examples} held-out examples{lost}")
     if chunks and task.demonstrations:
         computed, asked = share_computed(chunks)
         display.say(
@@ -333,6 +342,7 @@ def tune(run: Run, folder: Path) -> None:
         raise ConfigError(f"--out: {folder}: cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"--out: {folder}: cannot be written to")
+    _check_reward(run)
     log = folder / metrics.LOG_FILE
     output.divert(log)
     display = Display(output.terminal(), run.config.run.steps)
@@ -381,6 +391,12 @@ def report(folder: Path) -> Path:
 
 
 # -------------------------------------------------------------------- parts
+
+
+def _check_reward(run: Run) -> None:
+    """Refuse, before anything is loaded, a reward that cannot be called."""
+    if run.config.task.reward is not None:
+        rewards.check(run.config.task.reward)
 
 
 def _num_steps(run: Run, at: At | None) -> int:

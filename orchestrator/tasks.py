@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator import noise, rows
 from orchestrator.config import ConfigError, Task
@@ -25,7 +26,8 @@ DEMONSTRATION_END = "\n\n"
 class Example:
     """A row as text: the prompt alone, the prompt with each option, and the right option.
 
-    Where answers are generated, the first right answer is the one option.
+    Where answers are generated, the first right answer is the one option; where nothing but a
+    reward is asked for, there is none.
     """
 
     id: int
@@ -40,6 +42,8 @@ class Example:
     """For calibration: prompt and texts without the row; None where nothing is calibrated."""
     origin: str
     """File and line, for messages."""
+    row: dict[str, Any] | None = None
+    """All of its fields, where a reward function is to see them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,9 @@ class TaskData:
         for example in (*self.train, *self.dev, *self.test):
             others = [part for part in (example.also_right, example.answers) if part]
             digest.update(json.dumps([example.texts, example.label, *others]).encode())
+            if example.row is not None:
+                fields = json.dumps(example.row, sort_keys=True, default=str)
+                digest.update(json.dumps([example.prompt, fields]).encode())
         return f"{digest.hexdigest()}-{len(self.train)}-{len(self.dev)}-{len(self.test)}"
 
 
@@ -134,7 +141,7 @@ class Renderer:
         """Raises ConfigError, naming file and line, for a row without what the task asks for."""
         answers: tuple[str, ...] = ()
         if self._task.is_generated:
-            answers = self._answers(row)
+            answers = self._answers(row) if self._task.needs_answers else ()
             options, right = list(answers[:1]), [0]
         else:
             options = self._option_texts(row)
@@ -154,6 +161,7 @@ class Renderer:
             if is_calibrated
             else None,
             origin=row.origin,
+            row=row.fields if self._task.reward is not None else None,
         )
 
     def answered(self, row: Row) -> str:
@@ -164,7 +172,7 @@ class Renderer:
     def _fill(
         self, key: str, template: Template, row: Row, options: Sequence[str]
     ) -> tuple[str, tuple[str, ...]]:
-        """The text before the option, and the whole text with each."""
+        """The text before the option, and the whole text with each; there may be none."""
 
         def value(path: str) -> str:
             found = row.find(f"task.{key}", path)
@@ -174,12 +182,12 @@ class Renderer:
             return str(found)
 
         try:
-            rendered = [template.render(value, option) for option in options]
+            rendered = [template.render(value, option) for option in options or [""]]
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(f"task.{key}: {row.origin}: {error}") from None
-        return rendered[0][0], tuple(whole for _, whole in rendered)
+        return rendered[0][0], tuple(whole for _, whole in rendered[: len(options)])
 
     def _option_texts(self, row: Row) -> list[str]:
         """The row's candidates; a field that holds a list stands for all of its texts."""

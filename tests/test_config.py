@@ -18,7 +18,8 @@ DEMO = ROOT / "configs" / "demo.yaml"
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
-    assert load(path).task.options
+    task = load(path).task
+    assert task.options or task.is_generated
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -84,6 +85,22 @@ REFUSALS = {
     "task={preset: squad, max_new_tokens: 512}": "task.max_new_tokens: 512 leaves nothing of max_",
     "task.objective=f1": "task.objective: f1 cannot be measured of answers whose metric is accu",
     "task={preset: squad, objective: accuracy}": "task.objective: accuracy cannot be measured",
+    "task={preset: squad, objective: reward}": "task.reward: missing; objective and metric reward",
+    "task={preset: squad, reward: {function: 'a:b'}}": "task.reward: is of no use where neither",
+    "task={preset: squad, objective: reward, reward: {function: a.b}}": (
+        "task.reward.function: 'a.b' is not accepted"
+    ),
+    "task={preset: squad, metric: reward, reward: {function: 'a:b', temperature: 0}}": (
+        "task.reward.samples: 4 at temperature 0 would all be the same"
+    ),
+    "task={preset: squad, metric: reward, loss: option_ce, reward: {function: 'a:b'}}": (
+        "task.metric: reward is of generated answers"
+    ),
+    "task.objective=reward": "task.objective: reward cannot be measured of answers whose metric",
+    "estimator={kind: es, num_seeds: 4, baseline: prompt}": "estimator.baseline: prompt: is of use",
+    "estimator={kind: es, num_seeds: 4, shaping: rank, baseline: prompt}": (
+        "estimator.baseline: prompt: is of use where probes generate; task.objective is loss"
+    ),
     "task.stop=['']": "task.stop.0: '' is not accepted",
     "task={preset: squad, loss: option_ce}": "task.metric: f1 is of generated answers",
     "task={preset: squad, stop: []}": "task.stop: [] is not accepted",
@@ -187,6 +204,11 @@ def test_identity_holds_what_decides_the_ledger_and_nothing_else() -> None:
         assert identity(shown) == identity()
     on_gpu = "model.device=cuda"
     assert identity(on_gpu, "space.master=host") == identity("model.score_graphs=false")
+    asked = "task={preset: squad, objective: reward, metric: reward, reward: {function: 'a:b'}}"
+    for free in ("path=x", "timeout=1", "workers=9", "environment=[KEY]"):
+        assert identity(asked, f"task.reward.{free}") == identity(asked)
+    for deciding in ("function=a:c", "samples=2", "temperature=0.5", "failed=-1"):
+        assert identity(asked, f"task.reward.{deciding}") != identity(asked)
     for deciding in ("run.seed=1", "estimator.eps=0.5", "fleet.threads_per_replica=2"):
         assert identity(deciding) != identity()
     for deciding in ("task.loss=lm", "task.demonstrations=2", "task.num_dev=2"):

@@ -145,6 +145,48 @@ def test_calibration_scores_options_without_the_row(kind: str, tmp_path: Path) -
             assert (list(tokens), start, end) == (text, len(own_start), len(text))
 
 
+@pytest.mark.parametrize("kind", ["qwen", "opt"])
+def test_borders_without_the_row_are_drawn_by_the_template_without_it(
+    kind: str, tmp_path: Path
+) -> None:
+    """Qwen's pattern takes a tab with the word after it, though the row's prompt ends in none."""
+    tokenizer = made(kind, "So:\tgreat", "So:\tterrible", "It was terrible")
+    found = data(tmp_path / "rows.jsonl", [ROW], unconditional="So:\t{option}")
+    (encoding,) = by_pieces(found, tokenizer).unconditional("test", [0])
+    start, end = encoding.spans[1]
+    assert (
+        tokenizer.decode(encoding.sequences[1][:start], skip_special_tokens=True).strip() == "So:"
+    )
+    assert tokenizer.decode(encoding.sequences[1][start:end]).strip() == "great"
+
+
+def test_a_merge_across_the_border_without_the_row_names_that_template(tmp_path: Path) -> None:
+    tokenizer = made("opt", *["it was unwell"] * 9)
+    found = data(
+        tmp_path / "rows.jsonl",
+        [ROW],
+        unconditional="it was un{option}",
+        options=["well", "x"],
+    )
+    with pytest.raises(ConfigError, match=r"unconditional: the tokenizer merges .*'it was unwell'"):
+        by_pieces(found, tokenizer).unconditional("test", [0])
+
+
+def test_prompts_alone_are_encoded_and_an_empty_one_is_refused(tmp_path: Path) -> None:
+    reward = {"function": "mine:score"}
+    values: dict[str, Any] = {"options": [], "objective": "reward", "metric": "reward"}
+    row = {"sentence": "1 22 " * 5000, "label": 0}
+    found = data(tmp_path / "rows.jsonl", [ROW, row], reward=reward, **values)
+    encoder = by_words(found)
+    assert encoder.encode("train", [0])[0].sequences == ()
+    assert (encoder.longest, encoder.longest_continued(10)) == (0, 64)
+    short, long = encoder.prompts("train", [0, 1], 10)
+    assert short == [2, 3, 5, 2, 3] and len(long) == 54
+    empty = data(tmp_path / "rows.jsonl", [ROW], template="{option}", reward=reward, **values)
+    with pytest.raises(ConfigError, match=r"template: nothing stands before \{option\}, in .*:1"):
+        by_words(empty)
+
+
 def test_calibration_without_a_token_to_begin_with_is_refused(tmp_path: Path) -> None:
     encoder = by_words(data(tmp_path / "rows.jsonl", [ROW]))
     with pytest.raises(ConfigError, match="task.unconditional: begins with the option"):

@@ -120,6 +120,36 @@ def test_es_leaves_out_what_cannot_be_compared(shaping: str) -> None:
     assert equal.coefficients == (0.0, 0.0, 0.0, None)
 
 
+@pytest.mark.parametrize("shaping", ["z_score", "rank"])
+def test_es_compares_probes_prompt_by_prompt(shaping: str) -> None:
+    table = np.array([[1.0, 50, 3], [2, -50, 3], [1.5, 100, 3], [math.nan] * 3, [0.5, 0, 3]])
+    kept = [0, 1, 2, 4]
+    probes = [ProbeLoss(float(row.mean()), 10, tuple(map(float, row))) for row in table]
+    chosen = settings(kind="es", shaping=shaping, baseline="prompt", num_seeds=5)
+    result = estimator.estimate(chosen, 0.1, probes)
+    columns = table[kept].T
+    if shaping == "z_score":
+        shaped = [(column - column.mean()) / (column.std() or 1) for column in columns]
+    else:
+        shaped = [rankdata(column) for column in columns]
+    expected = np.mean(shaped, axis=0)
+    assert result.gradients[3] is None and result.coefficients[3] is None
+    assert [result.gradients[i] for i in kept] == pytest.approx(expected)
+    assert [result.coefficients[i] for i in kept] == pytest.approx(-0.1 / 4 * expected)
+    # The middle prompt's spread does not decide, as it does where the batch is compared.
+    whole = estimator.estimate(chosen.model_copy(update={"baseline": "batch"}), 0.1, probes)
+    assert np.argmin([whole.gradients[i] or 0.0 for i in kept]) == np.argmin(table[kept, 1])
+    scaled = [ProbeLoss(p.value, 10, (p.parts[0], p.parts[1] * 9, p.parts[2])) for p in probes]
+    again = estimator.estimate(chosen, 0.1, scaled)
+    assert [again.gradients[i] for i in kept] == pytest.approx(expected)
+
+
+def rankdata(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks from -0.5 to 0.5; equal values have their mean rank."""
+    below = (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) - 1) / 2
+    return np.array(below / (len(values) - 1) - 0.5)
+
+
 def test_clip_bounds_each_gradient() -> None:
     result = estimator.estimate(settings(clip=20), 0.1, losses(1.5, 1.0, 2.0, 2.25, 1.0, 2.0))
     assert result.gradients == pytest.approx((20, -12.5, -20))

@@ -64,6 +64,17 @@ def test_the_metric_chooses_the_interval() -> None:
     assert str(found) == "70.0% (30.8% to 100.0%)"
 
 
+def test_rewards_have_no_bounds_and_those_that_failed_are_counted() -> None:
+    values = [-3.0, 5.0, 4.0, -2.0]
+    found = measured("reward", [*scores(values), ExampleScore(4, -2.0, failure="timeout")])
+    deviation = math.sqrt(sum((value - 0.4) ** 2 for value in [*values, -2.0]) / 4)
+    reach = 1.959964 * deviation / math.sqrt(5)
+    assert found.value == pytest.approx(0.4) and found.lost == 1
+    assert (found.low, found.high) == pytest.approx((0.4 - reach, 0.4 + reach))
+    assert str(found) == f"0.400 ({0.4 - reach:.3f} to {0.4 + reach:.3f})"
+    assert measured("reward", scores([2.0])).low == -math.inf
+
+
 def test_the_file_of_scores_has_a_line_an_example(tmp_path: Path) -> None:
     chosen = ExampleScore(0, 1.0, label=1, scores=(-2.0, -1.0), prediction=1)
     write_scores(tmp_path / "scores.jsonl", [chosen, ExampleScore(1, 0.5, answer="a b")])
@@ -76,5 +87,6 @@ def test_the_file_of_scores_has_a_line_an_example(tmp_path: Path) -> None:
         "scores": [-2.0, -1.0],
         "prediction": 1,
         "answer": None,
+        "failure": None,
     }
     assert (second["value"], second["answer"], second["prediction"]) == (0.5, "a b", None)

@@ -7,11 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
-    {"presets", "templates", "answers"},
+    {"presets", "templates", "answers", "reward_worker"},
     {"config", "records", "environment", "output"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
     | {"attention_triton", "norm_triton"},
-    {"rows", "charts"},
+    {"rows", "charts", "rewards"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}

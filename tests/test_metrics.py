@@ -18,6 +18,7 @@ from orchestrator.metrics import (
     evaluations,
     read_summary,
 )
+from orchestrator.metrics import lost as metrics_lost
 from orchestrator.progress import Display
 
 STEPS = [
@@ -139,6 +140,38 @@ def test_looks_at_dev_rows_are_told_apart_and_choose_the_best(tmp_path: Path) ->
     events = EventAccumulator(str(tmp_path)).Reload()
     assert len(events.Scalars("dev/f1")) == len(dev)
     assert len(events.Scalars("held_out/f1")) == 1
+
+
+def test_samples_that_a_reward_failed_at_are_told_and_counted(tmp_path: Path) -> None:
+    terminal, records = io.StringIO(), Records(tmp_path)
+    display = Display(terminal, num_steps=3)
+    display.evaluation(Evaluation(0, -1.25, 10, 1.0, "reward", (-2.0, -0.5), lost=3))
+    counts: list[dict[str, int]] = [{}, {"timeout": 1, "raised": 2}, {"raised": 4}]
+    for step, lost in zip(STEPS, counts, strict=True):
+        display.step(replace(step, lost=lost))
+        records.step(replace(step, lost={"crash": 99}))  # of a process that was then killed
+        records.step(replace(step, lost=lost))
+    records.close()
+    assert metrics_lost(tmp_path) == {"raised": 6, "timeout": 1}
+    summary = replace(SUMMARY, metric="reward", final_accuracy=3.5, lost=metrics_lost(tmp_path))
+    display.result(replace(summary, baseline_accuracy=-1.25), Path("runs/x"))
+    shown = terminal.getvalue()
+    told = "reward -1.250 (-2.000 to -0.500) on 10 held-out examples (1 s); the reward failed at 3"
+    assert told in shown
+    assert shown.count("the reward failed at some samples (1 timeout, 2 raised); log.txt") == 1
+    assert "held-out -1.250  lost 7" in shown
+    assert "samples at which the reward failed: 6 raised, 1 timeout" in shown
+    assert "%" not in shown.replace("95 %", "")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("train/lost_samples")][1::2] == [0, 3, 4]
+
+
+def test_a_run_without_a_reward_has_lost_nothing(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    records.step(STEPS[0])
+    records.close()
+    assert metrics_lost(tmp_path) is None
+    assert "train/lost_samples" not in EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
 
 
 def test_steps_that_stay_below_the_floor_are_flagged_and_told_once(tmp_path: Path) -> None:

@@ -209,6 +209,18 @@ def test_seeds_differ_by_run_step_and_index() -> None:
     assert len({noise.derive_seed(*place) for place in places}) == len(places)
 
 
+def test_seeds_of_samples_are_of_run_step_example_and_sample_alone() -> None:
+    found = [noise.sample_seeds(run, step, range(5), 3) for run in (0, 1) for step in (0, 1)]
+    every = [seed for seeds in found for seed in seeds]
+    assert len(set(every)) == len(every) == 60
+    assert noise.sample_seeds(0, 1, [4, 2, 4], 2) == [
+        found[1][3 * example + sample] for example in (4, 2, 4) for sample in (0, 1)
+    ]
+    word_0, word_1, _, _ = noise.philox((1, 4, 2, noise.Stream.SAMPLES), (0, 0))
+    assert found[1][14] == int(word_0) | int(word_1) << 32
+    assert not set(every) & {noise.derive_seed(run, 0, i) for run in (0, 1) for i in range(9)}
+
+
 def test_permutation_is_one_and_differs_by_epoch() -> None:
     first, second = (noise.permutation(1, epoch, 1000) for epoch in (0, 1))
     assert first.dtype == np.int64

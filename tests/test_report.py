@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,30 @@ def test_numbers_that_only_some_runs_record_are_drawn_where_they_are(
     assert charts_of(page) == 10
     for words in ("Signal to noise of g", "KV reuse"):
         assert words in page.text
+
+
+def test_a_reward_is_told_in_its_own_units(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    reward = {"function": "mine:score"}
+    task = {key: recipe["task"][key] for key in ("train", "test")}
+    task |= {"template": "{sentence}{option}", "objective": "reward", "metric": "reward"}
+    folder = make_run(tmp_path / "run", {**recipe, "task": {**task, "reward": reward}}, 4)
+    (folder / "metrics.jsonl").unlink()
+    records = Records(folder)
+    records.evaluation(Evaluation(0, -1.5, 50, 1.0, "reward", (-2.0, -1.0)))
+    for step in range(4):
+        values = (step, 0.1, 2.0, 1e-6, 0, 2, 100, 0.5, None, {"raised": step})
+        records.step(StepMetrics(*values))
+    records.evaluation(Evaluation(6, 12.25, 50, 1.0, "reward", (10.0, 14.5)))
+    summary = Summary(6, 9.0, 4.0, 200.0, -1.5, 12.25, 50, "d1d2", {}, metric="reward")
+    records.summary(replace(summary, baseline_interval=(-2.0, -1.0), final_interval=(10.0, 14.5)))
+    records.close()
+    _, page = read(folder)
+    told = " ".join(page.text)
+    assert "-1.500 → 12.250 + 13.750" in told
+    assert "interval -2.000 to -1.000, of 50 examples; now: 95 % interval 10.000 to 14.5" in told
+    assert "Held-out reward" in page.text and "Lost samples" in page.text
+    assert "Final reward 12.250 (10.000 to 14.500)" in told
+    assert "mine:score" in told
 
 
 def test_a_step_that_was_noted_twice_counts_once(finished: Path) -> None:
