@@ -362,22 +362,22 @@ class Engine:
     def _forward(self, rows: Sequence[Row], namespace: str | None) -> tuple[torch.Tensor, int]:
         """The rows' targets' log-probabilities, and the tokens that the cache has spared."""
         requests: list[Req] = []
-        taken: list[int] = []
+        adapters = [row.adapter for row in rows]
         scored = False
         try:
             for row in rows:
                 # A prefix may be reused up to the first scored position, which needs its logits.
-                prompt, adapter = row.prompt, row.adapter
-                request = self._pools.request(
-                    prompt.tokens, namespace, prompt.first_scored, adapter
+                prompt = row.prompt
+                requests.append(
+                    self._pools.request(prompt.tokens, namespace, prompt.first_scored, row.adapter)
                 )
-                requests.append(request)
-                taken.append(self._pools.follow(request, adapter, prompt.shared))
+            shared = [row.prompt.shared for row in rows]
+            taken = self._pools.follow(requests, adapters, shared)
             schedule = self._pools.schedule(requests)
             self._pools.share(requests, taken)
             begun = [
-                self._pools.num_begun(row.adapter, request)
-                for row, request in zip(rows, requests, strict=True)
+                self._pools.num_begun(adapter, request)
+                for adapter, request in zip(adapters, requests, strict=True)
             ]
             forward_batch = self._pools.forward_batch(schedule)
             with self._head.scoring(*self._targets(rows, begun)):
@@ -386,10 +386,9 @@ class Engine:
         finally:
             # Entries of a forward that failed must not be found later.
             keep = namespace is not None and scored
-            for row, request in zip(rows, requests, strict=False):
-                self._pools.release(request, keep and self._pools.prefix(row.adapter) is None)
-        num_spared = sum(begun) - sum(row.prompt.shared for row in rows)
-        return output.input_token_logprobs, num_spared
+            for adapter, request in zip(adapters, requests, strict=False):
+                self._pools.release(request, keep and self._pools.prefix(adapter) is None)
+        return output.input_token_logprobs, sum(begun) - sum(shared)
 
     def _replayed(self, batch: PlanBatch) -> torch.Tensor | None:
         """The batch's log-probabilities, by a graph; None where there is none for it."""

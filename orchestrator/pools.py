@@ -107,16 +107,39 @@ class Pools:
         prefix = self.prefix(adapter)
         return len(request.prefix_indices) - (0 if prefix is None else len(prefix))
 
-    def follow(self, request: Req, adapter: str | None, shared: int) -> int:
-        """Let a request begin with the first `shared` tokens of the row before it in its batch.
+    def follow(
+        self, requests: Sequence[Req], adapters: Sequence[str | None], shared: Sequence[int]
+    ) -> list[int]:
+        """Let the rows of a batch begin with tokens of the rows before them.
 
-        It does unless the cache has given it as many. Answers how many entries it takes from that
-        row, a prefix slot's included; `share` puts them in place.
+        Row i has its first `shared[i]` tokens in common with the row before it, and begins with
+        those unless the cache has given it more. The answer has how many entries each row takes
+        from the row before it, a prefix slot's included; `share` puts them in place.
         """
+        taken = [
+            self._followed(*row, always=False)
+            for row in zip(requests, adapters, shared, strict=True)
+        ]
+        num_new = sum(
+            len(request.origin_input_ids) - len(request.prefix_indices) for request in requests
+        )
+        if num_new > self.free()[0]:
+            # A position may be scored in one row, and so be computed anew, while another holds on
+            # to its entry in the cache. Where there is no room for both, the cache's goes.
+            taken = [
+                self._followed(*row, always=True)
+                for row in zip(requests, adapters, shared, strict=True)
+            ]
+        return taken
+
+    def _followed(self, request: Req, adapter: str | None, shared: int, *, always: bool) -> int:
         prefix = self.prefix(adapter)
         size = shared + (0 if prefix is None else len(prefix))
-        if not shared or size <= len(request.prefix_indices):
+        if not shared or (len(request.prefix_indices) >= size and not always):
             return 0
+        if request.last_node is not None:  # what was found is not used
+            self.cache.dec_lock_ref(request.last_node)
+            request.last_node = None
         _begin_with(request, self._unknown[:size])
         request.set_extend_range(size, len(request.origin_input_ids))
         return size
