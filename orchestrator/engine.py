@@ -118,6 +118,7 @@ class Engine:
         allow_fallback: bool = False,
         cuda_graphs: bool = False,
         score_graphs: bool = True,
+        share_contexts: bool = True,
         load_format: str = "auto",
         quantization: str | None = None,
         adapters: AdapterPlan | None = None,
@@ -129,8 +130,9 @@ class Engine:
         `model_path` is a folder in Hugging Face's layout; `device` "cpu" or "cuda"; `kv_tokens`
         the size of the KV pool; `load_format` "auto", or "dummy" for random weights. On a GPU
         `cuda_graphs` captures SGLang's graphs at once, for `generate`, and `score_graphs` ours,
-        each when its shape is first scored. `quantization` is as SGLang names it; `adapters` and
-        `prefixes` are the slots to make room for.
+        each when its shape is first scored. With `share_contexts`, what sequences of a batch begin
+        with alike is computed once, where the model's KV pool allows. `quantization` is as SGLang
+        names it; `adapters` and `prefixes` are the slots to make room for.
         Raises ConfigError for a checkpoint that does not fit the model, and, unless
         `allow_fallback`, where SGLang has no implementation of the architecture.
         """
@@ -177,8 +179,10 @@ class Engine:
         self.model.logits_processor = self._head
         self._pools = Pools(runner, self.prefixes, margin)
         self._graphs = self._make_graphs() if score_graphs and not on_cpu else None
-        self._can_share = type(runner.attn_backend) in SHARING_BACKENDS and has_plain_entries(
-            runner.token_to_kv_pool
+        self._can_share = (
+            share_contexts
+            and type(runner.attn_backend) in SHARING_BACKENDS
+            and has_plain_entries(runner.token_to_kv_pool)
         )
 
     def _make_graphs(self) -> ScoreGraphs | None:

@@ -105,7 +105,9 @@ def _history(folder: Path) -> History:
 
 
 def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in entry.items():
+    kv = entry.get("kv")
+    parts = {f"kv_{name}": value for name, value in kv.items()} if isinstance(kv, dict) else {}
+    for name, value in {**entry, **parts}.items():
         if name not in ("kind", "step") and isinstance(value, int | float):
             yield name, value
 
@@ -233,7 +235,13 @@ def _course(history: History) -> str:
     draw("num_dropped", "Dropped losses", ".0f", "seeds whose loss was not finite", from_zero=True)
     note = f"below 1, and so mostly noise: {history.total('below_floor'):,.0f} steps"
     draw("signal_to_noise", "Signal to noise of g", ".3g", note, smooth=True, from_zero=True)
-    draw("kv_reuse", "KV reuse", ".2f", "share of tokens found in the cache", from_zero=True)
+    if asked := history.total("kv_asked"):
+        shares = [history.total(f"kv_{where}") / asked for where in ("inside", "across")]
+        note = (
+            f"share of prompt tokens not computed: {_percent(shares[0])} shared inside a forward, "
+            f"{_percent(shares[1])} found in the cache"
+        )
+        draw("kv_reused_share", "KV reuse", ".2f", note, from_zero=True)
     if not figures:
         return '<p class="note">No step has been taken yet.</p>'
     return f'<div class="charts">\n{"".join(figures)}</div>'

@@ -40,6 +40,8 @@ class Example:
     """For calibration: prompt and texts without the row; None where nothing is calibrated."""
     origin: str
     """File and line, for messages."""
+    group: str | None = None
+    """What examples that are drawn together have in common, as JSON; None where none are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +60,20 @@ class TaskData:
     def split(self, name: Split) -> tuple[Example, ...]:
         return {"train": self.train, "dev": self.dev, "test": self.test}[name]
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of `train`'s examples; empty where none are drawn together."""
+        groups = (example.group for example in self.train)
+        return tuple(group for group in groups if group is not None)
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all examples' texts and labels, split after split, and the splits'
         sizes: HASH-TRAIN-DEV-TEST.
         """
         digest = hashlib.sha256(self.demonstrations.encode())
         for example in (*self.train, *self.dev, *self.test):
-            others = [part for part in (example.also_right, example.answers) if part]
+            parts = (example.also_right, example.answers, example.group)
+            others = [part for part in parts if part]
             digest.update(json.dumps([example.texts, example.label, *others]).encode())
         return f"{digest.hexdigest()}-{len(self.train)}-{len(self.dev)}-{len(self.test)}"
 
@@ -154,7 +163,14 @@ class Renderer:
             if is_calibrated
             else None,
             origin=row.origin,
+            group=self._group(row) if training else None,
         )
+
+    def _group(self, row: Row) -> str | None:
+        field = self._task.group_by
+        if field is None:
+            return None
+        return json.dumps(row.find("task.group_by", field), sort_keys=True, default=str)
 
     def answered(self, row: Row) -> str:
         """The row with its right option, as a demonstration."""

@@ -19,7 +19,7 @@ def settings(**values: object) -> Estimator:
 
 
 def losses(*values: float) -> list[ProbeLoss]:
-    return [ProbeLoss(value, num_tokens=10) for value in values]
+    return [ProbeLoss(value, num_tokens=10, num_asked=10) for value in values]
 
 
 def test_two_sided_coefficients() -> None:
