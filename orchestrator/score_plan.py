@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+# Of a plan's tokens: where sharing spares fewer, such as the one that all texts begin with, rows
+# are computed as they are. They then read their keys where they lie, and not by way of an index.
+LEAST_SHARE = 1 / 16
 Pair = tuple[int, int]
 """Something to score: the position whose logits are needed, and the token that follows it."""
 
@@ -45,7 +48,7 @@ class Scores:
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """Input tokens with which no other prompt of the plan begins."""
+    """Distinct input tokens."""
 
     tokens: tuple[int, ...]
     shared: int = 0
@@ -185,11 +188,15 @@ def _num_common(some: tuple[int, ...], others: tuple[int, ...]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(some), len(others)))
 
 
+def _num_own(prompts: Sequence[Prompt]) -> int:
+    return sum(len(prompt.tokens) - prompt.shared for prompt in prompts)
+
+
 class ScorePlan:
     """Sequences to be scored under adapters, once or again after weights have changed.
 
     The last token of a span is only a target, never an input: sequences that differ in no other
-    token, or of which one's input begins another's, are one prompt.
+    token are one prompt. Where prompts share, one that begins another is part of it.
     """
 
     def __init__(
@@ -200,7 +207,8 @@ class ScorePlan:
         *,
         sharing: bool = True,
     ) -> None:
-        """Without `sharing` every prompt is computed from its start.
+        """Without `sharing` every distinct input is computed whole, in the order given; so it is
+        where sharing would spare few tokens.
 
         Raises ValueError for a span that does not fit its sequence.
         """
@@ -213,10 +221,15 @@ class ScorePlan:
             wanted.append(
                 [(position, tokens[position + 1]) for position in range(start - 1, end - 1)]
             )
-        tree = PrefixTree(inputs)
-        self.prompts = [Prompt(tokens, shared * sharing) for tokens, shared in tree.leaves]
+        numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(inputs))}
+        self.prompts = [Prompt(tokens) for tokens in numbers]
+        if sharing:
+            tree = PrefixTree(inputs)
+            prompts = [Prompt(tokens, shared) for tokens, shared in tree.leaves]
+            if _num_own(prompts) <= (1 - LEAST_SHARE) * _num_own(self.prompts):
+                self.prompts, numbers = prompts, {tokens: tree.leaf(tokens) for tokens in inputs}
         self._wanted = [
-            (tree.leaf(tokens), pairs) for tokens, pairs in zip(inputs, wanted, strict=True)
+            (numbers[tokens], pairs) for tokens, pairs in zip(inputs, wanted, strict=True)
         ]
         self._owned: list[list[tuple[Prompt, Pair]]] = []  # per sequence: what makes up its span
         self._num_asked = sum(map(len, inputs))
@@ -253,8 +266,7 @@ class ScorePlan:
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows, without those that another row computes."""
-        own = sum(len(prompt.tokens) - prompt.shared for prompt in self.prompts)
-        return len(self.adapters) * own
+        return len(self.adapters) * _num_own(self.prompts)
 
     @property
     def num_targets(self) -> int:

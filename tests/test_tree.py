@@ -109,9 +109,20 @@ def test_a_plan_scores_what_was_asked_and_computes_every_beginning_once() -> Non
         assert scores.num_tokens == sum(sum(batch.lengths) for batch in plan.batches)
         inputs = [tuple(s[: end - 1]) for s, (_, end) in zip(sequences, spans, strict=True)]
         assert scores.num_asked == len(adapters) * sum(map(len, inputs))
-        if len(plan.batches) == 1 and any(prompt.shared for prompt in plan.prompts):
+        if len(plan.batches) == 1 and plan.batches[0].is_shared:
             beginnings = {tokens[:size] for tokens in inputs for size in range(1, len(tokens) + 1)}
             assert scores.num_tokens == len(adapters) * len(beginnings)
+
+
+def test_what_spares_little_is_not_shared() -> None:
+    """Such as the token that all texts begin with: rows are as they would be without sharing."""
+    sequences = [[1, *range(number, number + 20)] for number in (100, 200, 300)]
+    spans = [(20, 21)] * 3
+    plan = ScorePlan(sequences, spans, [None])
+    assert [prompt.shared for prompt in plan.prompts] == [0, 0, 0]
+    assert [prompt.tokens for prompt in plan.prompts] == [tuple(s[:-1]) for s in sequences]
+    more = ScorePlan([*sequences, [*sequences[2], 5]], [*spans, (21, 22)], [None])
+    assert [prompt.shared for prompt in more.prompts] == [0, 1, 1]
 
 
 def test_prompts_that_share_nothing_stay_in_their_order() -> None:
