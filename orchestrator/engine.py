@@ -396,10 +396,8 @@ class Engine:
 
     def _replayed(self, batch: PlanBatch) -> torch.Tensor | None:
         """The batch's log-probabilities, by a graph; None where there is none for it."""
-        if (
-            self._graphs is None
-            or batch.is_shared
-            or any(self._pools.prefix(row.adapter) is not None for row in batch.rows)
+        if self._graphs is None or any(
+            self._pools.prefix(row.adapter) is not None for row in batch.rows
         ):
             return None
         return self._graphs.run(batch)

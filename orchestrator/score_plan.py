@@ -92,9 +92,23 @@ class PlanBatch:
         return [len(row.prompt.tokens) - row.prompt.shared for row in self.rows]
 
     @property
+    def shared(self) -> list[int]:
+        """How many tokens each row takes from the row before it."""
+        return [row.prompt.shared for row in self.rows]
+
+    @property
     def is_shared(self) -> bool:
         """Whether any row needs what another computes."""
-        return any(row.prompt.shared for row in self.rows)
+        return any(self.shared)
+
+    def places(self) -> list[NDArray[np.int64]]:
+        """Per row, where the tokens that it takes lie among the rows' own tokens, end to end."""
+        lengths, shared = np.array(self.lengths), np.array(self.shared)
+        first_places = np.cumsum(lengths) - lengths - shared  # of a row's position 0, if it had it
+        return [
+            first_places[of_row[:size]] + np.arange(size)
+            for of_row, size in zip(owners(lengths + shared, shared), shared, strict=True)
+        ]
 
 
 def laid_out(rows: list[Row]) -> PlanBatch:
@@ -109,7 +123,9 @@ def laid_out(rows: list[Row]) -> PlanBatch:
     return PlanBatch(rows, positions, tokens)
 
 
-def owners(lengths: Sequence[int], taken: Sequence[int]) -> list[NDArray[np.int64]]:
+def owners(
+    lengths: Sequence[int] | NDArray[np.int64], taken: Sequence[int] | NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
     """Which row has the entry of each position of each row: [lengths[i]] numbers of rows.
 
     Row i has `lengths[i]` tokens, and takes the first `taken[i]` from the row before it, which may

@@ -15,7 +15,7 @@ from orchestrator.config import Config
 from orchestrator.engine import Engine
 from orchestrator.pools import Pools
 from orchestrator.records import Probe
-from orchestrator.score_plan import PlanBatch, ScorePlan, Scores, owners
+from orchestrator.score_plan import PlanBatch, ScorePlan, Scores
 from orchestrator.space import Space
 from orchestrator.spaces import SpacePlan
 
@@ -24,7 +24,8 @@ Spans = list[tuple[int, int]]
 Make = Callable[..., tuple[Engine, Space]]
 KINDS = ["dense", "lora", "low_rank", "prefix"]
 KV_TOKENS = 200  # so few that batches are split, and entries are evicted
-TOLERANCE = 2e-5  # of a log-probability, between float32 kernels that add in other orders
+# Of a log-probability, between float32 kernels that add in other orders.
+TOLERANCE = 1e-4 if DEVICE == "cuda" else 2e-5
 
 
 def grown(draw: random.Random, longest: int = 40) -> tuple[Sequences, Spans]:
@@ -67,22 +68,18 @@ def questions(draw: random.Random, num_passages: int, num_options: int) -> tuple
 
 def computed(batch: PlanBatch) -> list[float]:
     """What a forward of a batch gives, if a token's log-probability were a hash of all before."""
-    places = []  # of each row's tokens, where in the batch they are computed
-    lengths = [len(row.prompt.tokens) for row in batch.rows]
-    shared = [row.prompt.shared for row in batch.rows]
     flat: list[tuple[int, int]] = [
         (number, position)
         for number, row in enumerate(batch.rows)
         for position in range(row.prompt.shared, len(row.prompt.tokens))
     ]
-    where = {place: index for index, place in enumerate(flat)}
-    for of_row in owners(lengths, shared):
-        places.append([where[int(row), position] for position, row in enumerate(of_row)])
+    taken = batch.places()
     tokens = [batch.rows[row].prompt.tokens[position] for row, position in flat]
     found = []
     for position, token in zip(batch.positions, batch.tokens, strict=True):
         row, depth = flat[position]
-        seen = tuple(tokens[place] for place in places[row][: depth + 1])
+        own = range(position - (depth - len(taken[row])), position + 1)
+        seen = tuple(tokens[place] for place in (*taken[row], *own))
         found.append(hash((batch.rows[row].adapter, seen, token)) % 1000 / 7)
     return found
 
@@ -129,6 +126,20 @@ def test_prompts_that_share_nothing_stay_in_their_order() -> None:
     sequences = [[9, 1, 2], [3, 1, 2], [7, 8], [5, 5, 5, 5]]
     plan = ScorePlan(sequences, [(1, len(tokens)) for tokens in sequences], [None])
     assert [prompt.tokens for prompt in plan.prompts] == [tuple(s[:-1]) for s in sequences]
+
+
+def test_examples_in_another_order_are_rows_in_another_order() -> None:
+    """By which the loss's noise is measured."""
+    sequences, spans = questions(random.Random(1), num_passages=2, num_options=3)
+    half = len(sequences) // 2
+    found = [
+        [prompt.tokens[-20:] for prompt in ScorePlan(some, ends, [None]).prompts]
+        for some, ends in (
+            (sequences, spans),
+            (sequences[half:] + sequences[:half], spans[half:] + spans[:half]),
+        )
+    ]
+    assert found[0] != found[1] and sorted(found[0]) == sorted(found[1])
 
 
 @pytest.mark.parametrize("num_options", [2, 4, 10])
