@@ -88,6 +88,8 @@ def _without_fleet(arguments: argparse.Namespace) -> None:
 
 def _open(arguments: argparse.Namespace) -> runs.Run:
     """The run that the command names, checked as far as it can be without starting anything."""
+    if arguments.command == "train" and arguments.verify_cache is not None:
+        arguments.overrides.append(f"run.verify_cache={arguments.verify_cache}")
     if arguments.command == "train" and arguments.resume:
         return runs.reopen(Path(arguments.resume), arguments.overrides)
     source = Path(arguments.source)
@@ -136,6 +138,13 @@ def _parse() -> argparse.Namespace:
     train.add_argument("source", nargs="?", metavar="CONFIG", help="such as configs/demo.yaml")
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
+    train.add_argument(
+        "--verify-cache",
+        type=int,
+        metavar="N",
+        help="compute every Nth probe of a replica again without any reuse, and stop the run if "
+        "the two differ; as run.verify_cache=N",
+    )
     tune = commands.add_parser(
         "tune",
         help="propose eps and lr from measurements",

@@ -239,9 +239,10 @@ class OurSteps:
     def _losses(self, batch: Batch, plan: ScorePlan, launched: Launched) -> list[ProbeLoss]:
         (scores,) = self._engine.read(plan, [launched])
         means = [span.mean for span in scores.spans]
-        size, num_tokens = len(batch.sequences), scores.num_tokens // len(plan.adapters)
+        size, count = len(batch.sequences), len(plan.adapters)
+        num_tokens, num_asked = scores.num_tokens // count, scores.num_asked // count
         return [
-            ProbeLoss(loss(batch, means[first : first + size]), num_tokens)
+            ProbeLoss(loss(batch, means[first : first + size]), num_tokens, num_asked)
             for first in range(0, len(means), size)
         ]
 

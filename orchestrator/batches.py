@@ -1,10 +1,13 @@
 """Which training examples a step scores: a function of the run's seed and the step alone.
 
 Each epoch goes through all examples in an order of its own, and a batch may reach into the next
-epoch. Driver and replicas find out the same ones, each for itself.
+epoch. Examples of a group follow each other, so that a batch of a few groups' sizes holds few
+groups; it may end within one, and the next goes on there. Driver and replicas find out the same
+ones, each for itself.
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +19,13 @@ from orchestrator.config import Config
 class Batches:
     """A run's batches."""
 
-    def __init__(self, config: Config, num_examples: int) -> None:
-        """Examples' ids are 0 to num_examples - 1."""
+    def __init__(self, config: Config, num_examples: int, groups: Sequence[str] = ()) -> None:
+        """Examples' ids are 0 to num_examples - 1; `groups` has the group of each, or is empty."""
         self._seed, self._size = config.run.seed, config.estimator.batch_size
         self._num_examples = num_examples
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        self._groups = np.array([numbers[group] for group in groups], np.int64)
+        self._num_groups = len(numbers)
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 
     def of(self, step: int) -> tuple[int, ...]:
@@ -29,4 +35,8 @@ class Batches:
         return tuple(int(self._order(epoch)[place]) for epoch, place in places)
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        return noise.permutation(self._seed, epoch, self._num_examples)
+        order = noise.permutation(self._seed, epoch, self._num_examples)
+        if not self._num_groups:
+            return order
+        places = np.argsort(noise.permutation(self._seed, epoch, self._num_groups))
+        return order[np.argsort(places[self._groups[order]], kind="stable")]

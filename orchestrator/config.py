@@ -47,6 +47,8 @@ class Model(Section):
     """lora, prefix: how SGLang quantises the base weights, such as fp8; None: as they are."""
     kv_tokens: Positive = 16384
     """Size of a replica's KV pool, in tokens; larger batches are split."""
+    share_contexts: bool = True
+    """Whether what sequences of a batch begin with alike is computed once, in the same forward."""
     score_graphs: bool = True
     """GPU: capture scoring forwards in CUDA graphs, one a padded batch shape."""
     trust_remote_code: bool = False
@@ -284,6 +286,9 @@ class Task(Section):
     """Rows of `train` that choose the best checkpoint, drawn by the same permutation."""
     num_test: Positive | None = None
     """Rows of `test` that are used, drawn by a fixed permutation; None: all."""
+    group_by: str | None = None
+    """A field, such as a passage's: training rows with the same value there are drawn together, so
+    that they share a batch."""
     max_length: Positive = 512
     """Prompts are cut to this many tokens, from the left."""
 
@@ -400,6 +405,9 @@ class Run(Section):
     """Rows of such a look; of held-out ones, before and after, all are used."""
     check_every: NonNegative = 50
     """Steps between comparisons of the replicas' digests; 0: only at the end."""
+    verify_cache: NonNegative = 0
+    """Every so many probes of a replica are computed again without any reuse, and the run ends if
+    the two differ; 0: none."""
 
 
 class Config(Section):

@@ -13,7 +13,7 @@ from orchestrator import estimator, noise_floor
 from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.evaluate import measured, scores_of
-from orchestrator.metrics import Evaluation, Observer, StepMetrics
+from orchestrator.metrics import Evaluation, KvUse, Observer, StepMetrics
 from orchestrator.records import FAILURES, Fleet, FleetError, ProbeLoss, Split
 from orchestrator.seed_sync import Ledger, StepRecord
 
@@ -169,6 +169,11 @@ def _metrics(
         seconds=seconds,
         signal_to_noise=signal_to_noise,
         lost=_lost(losses),
+        kv=KvUse(
+            asked=sum(loss.num_asked for loss in losses),
+            computed=sum(loss.num_tokens for loss in losses),
+            across=sum(loss.num_across for loss in losses),
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req
@@ -27,7 +28,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.generation import Generation
 from orchestrator.pools import Pools
-from orchestrator.prefix_slots import PrefixPlan, PrefixSlots
+from orchestrator.prefix_slots import PrefixPlan, PrefixSlots, has_plain_entries
 from orchestrator.runner import ALONE, Runner, World
 from orchestrator.sampling import Continuation, Decode, Sampling
 from orchestrator.score_graphs import TOKEN_STEP, ScoreGraphs, Shape
@@ -39,6 +40,9 @@ MAX_BATCH_SEQUENCES = 256
 DECODE_GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MAX_BATCH_SEQUENCES)
 MAX_ROWS_PER_SOFTMAX = 1024  # bounds the float32 logits that exist at one time
 UNUSED = 0  # a token to score, where none is
+# Their layers write the keys and values of a whole batch before they read any, so that a row may
+# begin with another's.
+SHARING_BACKENDS = (TritonAttnBackend, TorchNativeAttnBackend)
 FALLBACK_CLASSES = "Transformers"  # how SGLang's names for transformers' own models begin
 
 
@@ -128,6 +132,7 @@ class Engine:
         allow_fallback: bool = False,
         cuda_graphs: bool = False,
         score_graphs: bool = True,
+        share_contexts: bool = True,
         load_format: str = "auto",
         quantization: str | None = None,
         adapters: AdapterPlan | None = None,
@@ -139,8 +144,9 @@ class Engine:
         `model_path` is a folder in Hugging Face's layout; `device` "cpu" or "cuda"; `kv_tokens`
         the size of the KV pool; `load_format` "auto", or "dummy" for random weights. On a GPU
         `cuda_graphs` captures SGLang's graphs at once, for `generate`, and `score_graphs` ours,
-        each when its shape is first scored. `quantization` is as SGLang names it; `adapters` and
-        `prefixes` are the slots to make room for.
+        each when its shape is first scored. With `share_contexts`, what sequences of a batch begin
+        with alike is computed once, where the model's KV pool allows. `quantization` is as SGLang
+        names it; `adapters` and `prefixes` are the slots to make room for.
         Raises ConfigError for a checkpoint that does not fit the model, and, unless
         `allow_fallback`, where SGLang has no implementation of the architecture.
         """
@@ -187,6 +193,11 @@ class Engine:
         self.model.logits_processor = self._head
         self._pools = Pools(runner, self.prefixes, margin)
         self._graphs = self._make_graphs() if score_graphs and not on_cpu else None
+        self._can_share = (
+            share_contexts
+            and type(runner.attn_backend) in SHARING_BACKENDS
+            and has_plain_entries(runner.token_to_kv_pool)
+        )
 
     def _make_graphs(self) -> ScoreGraphs | None:
         """Graphs for scoring, where the model's forward is one that they can hold."""
@@ -247,7 +258,7 @@ class Engine:
         The last token of a span is only a target, never an input: sequences that differ in no
         other token go through the model once. With a `namespace`, KV entries are looked up and
         kept under that name; it must stand for one state of the weights. Without one, and under
-        prefix slots, nothing is reused and nothing stays. Raises ValueError for a span that does
+        prefix slots, nothing is looked up and nothing stays. Raises ValueError for a span that does
         not fit its sequence, ConfigError for a sequence that, times the adapters, is longer than
         the KV pool.
         """
@@ -259,10 +270,15 @@ class Engine:
         sequences: Sequence[Sequence[int]],
         spans: Sequence[tuple[int, int]],
         adapters: Sequence[str | None] = (None,),
+        *,
+        sharing: bool = True,
     ) -> ScorePlan:
-        """Lay out a call of `score`, to be launched any number of times. Raises what that does."""
-        plan = ScorePlan(sequences, spans, adapters)
-        plan.split(self._split([len(prompt.tokens) for prompt in plan.prompts], len(adapters)))
+        """Lay out a call of `score`, to be launched any number of times. Raises what that does.
+
+        Without `sharing`, or where the engine cannot share, every prompt is computed whole.
+        """
+        plan = ScorePlan(sequences, spans, adapters, sharing=sharing and self._can_share)
+        plan.split(list(self._split(plan.prompts, len(adapters))))
         return plan
 
     @torch.no_grad()
@@ -300,10 +316,12 @@ class Engine:
         if not sequences or not all(sequences):
             raise ValueError("a sequence has no tokens, or there is none")
         self._runner.activate()
+        prompts = [
+            Prompt(tuple(tokens), targets={(len(tokens) - 1, UNUSED): None}) for tokens in sequences
+        ]
         shown = []
-        for batch in self._split([len(tokens) for tokens in sequences]):
-            last = [(tuple(sequences[index]), len(sequences[index]) - 1) for index in batch]
-            rows = [Row(adapter, Prompt(tokens, {(end, UNUSED): None})) for tokens, end in last]
+        for batch in self._split(prompts, num_copies=1):
+            rows = [Row(adapter, prompts[index]) for index in batch]
             shown.append(self._forward(rows, None, hidden=True)[0].cpu())
         return torch.cat(shown)
 
@@ -350,7 +368,7 @@ class Engine:
         generation = Generation(self._pools, self._runner.forward, sampling, decode, namespace)
         return generation.run(prompts, adapters, seeds)
 
-    def _split(self, lengths: Sequence[int], num_copies: int = 1) -> Iterator[range]:
+    def _split(self, prompts: Sequence[Prompt], num_copies: int) -> Iterator[range]:
         """Batches of which so many copies fit the pools; decided by lengths alone."""
         if num_copies > self._pools.max_sequences:
             raise ConfigError(
@@ -358,15 +376,17 @@ class Engine:
                 f"{self._pools.max_sequences}; lower space.slots"
             )
         first = num_tokens = 0
-        for index, length in enumerate(lengths):
+        for index, prompt in enumerate(prompts):
+            length = len(prompt.tokens)
             self._require_fit(length, num_copies)
+            num_own = length - prompt.shared
             is_full = (index - first + 1) * num_copies > self._pools.max_sequences
-            if index > first and (is_full or (num_tokens + length) * num_copies > self.kv_tokens):
+            if index > first and (is_full or (num_tokens + num_own) * num_copies > self.kv_tokens):
                 yield range(first, index)
-                first, num_tokens = index, 0
-            num_tokens += length
-        if first < len(lengths):
-            yield range(first, len(lengths))
+                first, num_tokens, num_own = index, 0, length
+            num_tokens += num_own
+        if first < len(prompts):
+            yield range(first, len(prompts))
 
     def _require_fit(self, length: int, num_copies: int = 1) -> None:
         """Refuse a sequence that could never be computed, so many times at once."""
@@ -382,8 +402,9 @@ class Engine:
         self, rows: Sequence[Row], namespace: str | None, *, hidden: bool = False
     ) -> tuple[torch.Tensor, int]:
         """The rows' targets' log-probabilities, or the hidden states that these are computed from,
-        and the tokens that were reused."""
+        and the tokens that the cache has spared."""
         requests: list[Req] = []
+        adapters = [row.adapter for row in rows]
         scored = False
         try:
             for row in rows:
@@ -392,12 +413,16 @@ class Engine:
                 requests.append(
                     self._pools.request(prompt.tokens, namespace, prompt.first_scored, row.adapter)
                 )
-            reused = [
-                self._pools.num_reused(row.adapter, request)
-                for row, request in zip(rows, requests, strict=True)
+            shared = [row.prompt.shared for row in rows]
+            taken = self._pools.follow(requests, adapters, shared)
+            schedule = self._pools.schedule(requests)
+            self._pools.share(requests, taken)
+            begun = [
+                self._pools.num_begun(adapter, request)
+                for adapter, request in zip(adapters, requests, strict=True)
             ]
-            forward_batch = self._pools.forward_batch(self._pools.schedule(requests))
-            positions, tokens = self._targets(rows, reused)
+            forward_batch = self._pools.forward_batch(schedule)
+            positions, tokens = self._targets(rows, begun)
             head = self._head
             with head.showing(positions) if hidden else head.scoring(positions, tokens):
                 output = self._runner.forward(forward_batch)
@@ -405,9 +430,10 @@ class Engine:
         finally:
             # Entries of a forward that failed must not be found later.
             keep = namespace is not None and scored
-            for row, request in zip(rows, requests, strict=False):
-                self._pools.release(request, keep and self._pools.prefix(row.adapter) is None)
-        return output.hidden_states if hidden else output.input_token_logprobs, sum(reused)
+            for adapter, request in zip(adapters, requests, strict=False):
+                self._pools.release(request, keep and self._pools.prefix(adapter) is None)
+        values = output.hidden_states if hidden else output.input_token_logprobs
+        return values, sum(begun) - sum(shared)
 
     def _replayed(self, batch: PlanBatch) -> torch.Tensor | None:
         """The batch's log-probabilities, by a graph; None where there is none for it."""
@@ -431,16 +457,19 @@ class Engine:
                 self._pools.release(request, keep=False)
 
     def _targets(
-        self, rows: Sequence[Row], reused: Sequence[int]
+        self, rows: Sequence[Row], begun: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flat positions of the batch that are scored, and the token to score at each (int64)."""
+        """Flat positions of the batch that are scored, and the token to score at each (int64).
+
+        `begun` is how many of a row's first tokens are computed elsewhere.
+        """
         positions, tokens = [], []
         start = 0
-        for row, num_reused in zip(rows, reused, strict=True):
+        for row, num_begun in zip(rows, begun, strict=True):
             for position, token in row.prompt.targets:
-                positions.append(start + position - num_reused)
+                positions.append(start + position - num_begun)
                 tokens.append(token)
-            start += len(row.prompt.tokens) - num_reused
+            start += len(row.prompt.tokens) - num_begun
         return torch.tensor(positions, device=self.device), torch.tensor(tokens, device=self.device)
 
     def close(self) -> None:

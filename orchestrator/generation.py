@@ -229,7 +229,7 @@ class Generation:
             entrant.request = self._pools.request(
                 entrant.prompt, self._namespace, last, entrant.adapter
             )
-            entrant.num_reused = self._pools.num_reused(entrant.adapter, entrant.request)
+            entrant.num_reused = self._pools.num_begun(entrant.adapter, entrant.request)
             return entrant.request
         stem = entrant.stem
         assert stem.request is not None and stem.entries is not None

@@ -24,6 +24,40 @@ DEV_EVALUATION = "dev_evaluation"  # kind of a line; "evaluation" is of test row
 
 
 @dataclass(frozen=True, slots=True)
+class KvUse:
+    """Tokens of probes' sequences, and where their keys and values came from."""
+
+    asked: int = 0
+    """All, had every sequence been computed whole."""
+    computed: int = 0
+    """Those that went through the model."""
+    across: int = 0
+    """Those that an earlier forward had left in the cache, under the same weights."""
+
+    @property
+    def inside(self) -> int:
+        """Those that another sequence of the same forward computed."""
+        return self.asked - self.computed - self.across
+
+    @property
+    def reused_share(self) -> float:
+        return 1 - self.computed / self.asked if self.asked else 0.0
+
+    def __add__(self, other: "KvUse") -> "KvUse":
+        return KvUse(
+            self.asked + other.asked, self.computed + other.computed, self.across + other.across
+        )
+
+    def numbers(self) -> dict[str, float]:
+        """As it is written down."""
+        return {
+            **asdict(self),
+            "inside": self.inside,
+            "reused_share": self.reused_share,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class StepMetrics:
     """A step that was taken."""
 
@@ -43,6 +77,7 @@ class StepMetrics:
     lost: dict[str, int] | None = None
     """With a reward: how many of the step's samples failed, by kind; kinds that did not occur are
     left out."""
+    kv: KvUse = KvUse()
 
     @property
     def is_below_floor(self) -> bool:
@@ -96,6 +131,8 @@ class Summary:
     """Its mean over the dev rows then."""
     lost: dict[str, int] | None = None
     """With a reward: how many samples of all steps failed, by kind."""
+    kv: dict[str, float] | None = None
+    """`KvUse.numbers` of all probes, while stepping."""
 
 
 def _required(kind: type[StepMetrics] | type[Evaluation]) -> tuple[str, ...]:
@@ -131,12 +168,14 @@ class Records:
         self._events = EventFileWriter(str(folder))
 
     def step(self, metrics: StepMetrics) -> None:
-        self._write("step", {**asdict(metrics), "below_floor": metrics.is_below_floor})
+        more = {"below_floor": metrics.is_below_floor, "kv": metrics.kv.numbers()}
+        self._write("step", {**asdict(metrics), **more})
         values = {
             "train/loss": metrics.loss,
             "train/projected_gradient": metrics.gradient,
             "train/lr": metrics.lr,
             "speed/probes_per_s": metrics.num_probes / metrics.seconds,
+            "speed/kv_reused_share": metrics.kv.reused_share,
         }
         if metrics.signal_to_noise is not None:
             values["train/signal_to_noise"] = metrics.signal_to_noise

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -18,6 +19,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from orchestrator.prefix_slots import PrefixSlots
+from orchestrator.score_plan import owners
 
 VIRTUAL_TOKEN = 0  # holds the place of a prefix slot's; never computed
 
@@ -43,6 +45,10 @@ class Pools:
         self.max_sequences = len(self.requests.free_slots)  # SGLang lowers it to suit the pool
         """Requests that there may be at a time."""
         self._ids = itertools.count()
+        # Holds the place of entries that are not allocated yet; SGLang's slot for padding.
+        self._unknown = torch.zeros(
+            self.requests.req_to_token.shape[1], dtype=torch.int64, device=model_runner.device
+        )
 
     def free(self) -> tuple[int, int]:
         """KV slots (tokens) and request slots that are free or held by evictable entries."""
@@ -96,9 +102,69 @@ class Pools:
             return None
         return self._prefixes.entries(adapter)
 
-    def num_reused(self, adapter: str | None, request: Req) -> int:
-        """Tokens of a row that were found in the cache; virtual ones are no tokens of it."""
-        return 0 if self.prefix(adapter) is not None else len(request.prefix_indices)
+    def num_begun(self, adapter: str | None, request: Req) -> int:
+        """Tokens of a row that are computed elsewhere; virtual ones are no tokens of it."""
+        prefix = self.prefix(adapter)
+        return len(request.prefix_indices) - (0 if prefix is None else len(prefix))
+
+    def follow(
+        self, requests: Sequence[Req], adapters: Sequence[str | None], shared: Sequence[int]
+    ) -> list[int]:
+        """Let the rows of a batch begin with tokens of the rows before them.
+
+        Row i has its first `shared[i]` tokens in common with the row before it, and begins with
+        those unless the cache has given it more. The answer has how many entries each row takes
+        from the row before it, a prefix slot's included; `share` puts them in place.
+        """
+        taken = [
+            self._followed(*row, always=False)
+            for row in zip(requests, adapters, shared, strict=True)
+        ]
+        num_new = sum(
+            len(request.origin_input_ids) - len(request.prefix_indices) for request in requests
+        )
+        if num_new > self.free()[0]:
+            # A position may be scored in one row, and so be computed anew, while another holds on
+            # to its entry in the cache. Where there is no room for both, the cache's goes.
+            taken = [
+                self._followed(*row, always=True)
+                for row in zip(requests, adapters, shared, strict=True)
+            ]
+        return taken
+
+    def _followed(self, request: Req, adapter: str | None, shared: int, *, always: bool) -> int:
+        prefix = self.prefix(adapter)
+        size = shared + (0 if prefix is None else len(prefix))
+        if not shared or (len(request.prefix_indices) >= size and not always):
+            return 0
+        if request.last_node is not None:  # what was found is not used
+            self.cache.dec_lock_ref(request.last_node)
+            request.last_node = None
+        _begin_with(request, self._unknown[:size])
+        request.set_extend_range(size, len(request.origin_input_ids))
+        return size
+
+    def share(self, requests: Sequence[Req], taken: Sequence[int]) -> None:
+        """Give the rows of a scheduled batch the entries that they take from rows before them.
+
+        The entries stay those rows', which are released together with these. The first `taken[i]`
+        entries of row i are those of the row before it.
+        """
+        if not any(taken):
+            return
+        sources, targets, columns = [], [], []
+        owning = owners([len(request.origin_input_ids) for request in requests], taken)
+        slots = np.array([request.req_pool_idx for request in requests])
+        for slot, of_row, size in zip(slots, owning, taken, strict=True):
+            sources.append(slots[of_row[:size]])
+            targets.append(np.full(size, slot))
+            columns.append(np.arange(size))
+        table = self.requests.req_to_token
+        source, target, column = (
+            torch.from_numpy(np.concatenate(parts)).to(table.device)
+            for parts in (sources, targets, columns)
+        )
+        table[target, column] = table[source, column]
 
     def schedule(self, requests: list[Req]) -> ScheduleBatch:
         """Allocate slots for the requests, and lay them out as one prefill batch."""

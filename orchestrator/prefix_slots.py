@@ -93,15 +93,20 @@ class PrefixSlots:
         return PrefixTensor(name, shard, tuple(view.view(-1, columns) for view in views))
 
 
-def _require_plain(pool: Any) -> None:
-    """Refuse pools of latent, quantised, windowed or recurrent state."""
-    is_plain = (
+def has_plain_entries(pool: Any) -> bool:
+    """Whether a KV pool is a table of keys and values, with one entry a token in every layer.
+
+    Not so are pools of latent, quantised, windowed or recurrent state.
+    """
+    return (
         type(pool) is MHATokenToKVPool
         and pool.store_dtype == pool.dtype
         and pool.kv_cache_layout == "nhd"
-        and pool.head_dim == pool.v_head_dim
     )
-    if not is_plain:
+
+
+def _require_plain(pool: Any) -> None:
+    if not has_plain_entries(pool) or pool.head_dim != pool.v_head_dim:
         raise ConfigError(
             f"space.kind: prefix: the model's KV pool, {type(pool).__name__}, does not hold plain "
             "keys and values of one size for each layer; choose another kind"

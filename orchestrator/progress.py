@@ -140,6 +140,13 @@ class Display:
                 f"best on dev rows: {told(metric, summary.best_dev)} after {summary.best_step} "
                 f"steps; to evaluate or export that state, use --at best"
             )
+        if summary.kv is not None and summary.kv["reused_share"]:
+            kv = summary.kv
+            self.say(
+                f"{kv['asked']:,} prompt tokens asked, {kv['computed']:,} computed: "
+                f"{kv['reused_share']:.0%} reused ({kv['inside']:,} inside a forward, "
+                f"{kv['across']:,} across forwards)"
+            )
         self.say(
             f"{summary.wall_s:.0f} s, {summary.evaluations_per_s:.2f} probes/s, "
             f"{summary.trained_tokens_per_s:.0f} tokens/s\nrun folder: {folder}"

@@ -34,10 +34,16 @@ FAILURES = ("timeout", "crash", "raised", "not_a_number", "not_finite")
 
 @dataclass(frozen=True, slots=True)
 class ProbeLoss:
-    """A probe's scalar, the mean loss over its examples, and how many tokens it took to compute."""
+    """A probe's scalar, the mean loss over its examples, and the tokens that it took."""
 
     value: float
     num_tokens: int
+    """Those that went through the model."""
+    num_asked: int
+    """Those that would have, had every sequence been computed whole."""
+    num_across: int = 0
+    """Those of them whose keys and values an earlier forward had left, under the same weights. The
+    rest that was not computed was shared inside a forward."""
     parts: tuple[float, ...] = ()
     """Where probes generate, the loss of each example."""
     lost: tuple[int, ...] = ()
@@ -121,7 +127,7 @@ class ChunkScores:
     num_tokens: int
     """Tokens that went through the model."""
     num_reused: int
-    """Tokens whose KV entries were found in the cache."""
+    """Tokens that did not, for their KV entries were shared or found in the cache."""
 
 
 @dataclass(frozen=True, slots=True)

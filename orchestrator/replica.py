@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from orchestrator import answers, checkpoint, noise, rewards, tasks
+from orchestrator import answers, cache_check, checkpoint, noise, rewards, tasks
 from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError
 from orchestrator.encoder import Encoder, Encoding
@@ -74,6 +74,7 @@ class Replica:
             allow_fallback=config.model.allow_fallback,
             cuda_graphs=config.task.is_generated,
             score_graphs=config.score_graphs,
+            share_contexts=config.model.share_contexts,
             quantization=config.model.quantization,
             adapters=plan.adapters,
             prefixes=plan.prefixes,
@@ -93,7 +94,9 @@ class Replica:
         )
         self._require_fit(config, plan.rows_per_sequence)
         self._rewards = RewardPool(config.task.reward) if config.task.reward else None
-        self._batches = Batches(config, len(data.train))
+        self._batches = Batches(config, len(data.train), data.groups)
+        self._verify_every = config.run.verify_cache
+        self._num_probes = 0
         self._latest: list[Batch] = []
         self._next_step = 0
         self.info = ReplicaInfo(
@@ -144,8 +147,12 @@ class Replica:
             for group in groups:
                 adapters = tuple(placed.adapter for placed in group)
                 plan = self._planned(batch, adapters)
-                launches.setdefault(adapters, []).append(self.engine.launch(plan))
+                launched = self.engine.launch(plan)
+                launches.setdefault(adapters, []).append(launched)
                 order.append(adapters)
+                if self._is_verified(len(group)):
+                    (scores,) = self.engine.read(plan, [launched])
+                    cache_check.verify(self.engine, *_sequences(batch.encodings), adapters, scores)
         # The device has all forwards by now; waiting for one before the next would leave it idle.
         # What it takes for them is time to plan the next step's batch.
         following = self._batch(self._batches.of(self._next_step + 1))
@@ -200,13 +207,11 @@ class Replica:
     def _chosen(self, split: Split, examples: Sequence[int], calibrated: bool) -> ChunkScores:
         """The best-scored options."""
         encodings = self._encoder.encode(split, examples)
-        sequences = [tokens for encoding in encodings for tokens in encoding.sequences]
-        namespace, num_warm = self._warmed(sequences)
-        options, num_tokens, num_reused = self._scored(encodings, namespace)
+        options, num_tokens, num_reused = self._scored(encodings, self._namespace)
         values = [tuple(option.mean for option in of_example) for of_example in options]
         if calibrated:
             others, more_tokens, _ = self._scored(self._encoder.unconditional(split, examples))
-            num_warm += more_tokens
+            num_tokens += more_tokens
             values = [
                 tuple(without_prior([given.sum for given in row], [alone.sum for alone in other]))
                 for row, other in zip(options, others, strict=True)
@@ -215,7 +220,7 @@ class Replica:
             _choice(id, encoding, row)
             for id, encoding, row in zip(examples, encodings, values, strict=True)
         ]
-        return ChunkScores(tuple(scores), num_tokens + num_warm, num_reused)
+        return ChunkScores(tuple(scores), num_tokens, num_reused)
 
     def linear_probe(self, updates: Sequence[StepUpdate]) -> list[ExampleScore]:
         """What a logistic regression on the trained state's final hidden states chooses.
@@ -250,31 +255,34 @@ class Replica:
         plan = self._plan(encodings, (self.space.adapter,))
         (answer,) = self.engine.read(plan, [self.engine.launch(plan, namespace)])
         (scores,) = _by_option(encodings, answer)
-        return scores, answer.num_tokens, answer.num_reused
+        return scores, answer.num_tokens, answer.num_asked - answer.num_tokens
 
-    def _warmed(self, sequences: Sequence[Sequence[int]]) -> tuple[str | None, int]:
-        """A namespace that holds the tokens with which all sequences begin, and what it took.
+    @property
+    def _namespace(self) -> str | None:
+        """Stands for the trained state of now, where chunks of examples have much in common.
 
-        It stands for the trained state of now. None where the task has no demonstrations, so that
-        there is little to share.
+        None where the task has no demonstrations: what is left to share is in the same batch.
         """
-        if not self._task.demonstrations:
-            return None, 0
-        namespace = f"step {self._next_step}"
-        # Rows of a batch do not find each other's entries, so these are computed before.
-        shared = os.path.commonprefix([list(tokens) for tokens in sequences])
-        if not shared:
-            return namespace, 0
+        return f"step {self._next_step}" if self._task.demonstrations else None
+
+    def _warmed(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Put in the cache what all prompts begin with; the tokens that it took.
+
+        Prompts that are continued do not share with each other in their batch.
+        """
+        shared = os.path.commonprefix([list(tokens) for tokens in prompts])
+        if self._namespace is None or not shared:
+            return 0
         size = len(shared)
         own = (self.space.adapter,)
-        answer = self.engine.score([[*shared, 0]], [(size, size + 1)], namespace, own)
-        return namespace, answer.num_tokens
+        answer = self.engine.score([[*shared, 0]], [(size, size + 1)], self._namespace, own)
+        return answer.num_tokens
 
     def _written(self, split: Split, examples: Sequence[int]) -> ChunkScores:
         """Answers that are generated, the most likely token at a time."""
         prompts = self._prompts(split, examples)
-        namespace, num_warm = self._warmed(prompts)
-        found = self._continued(prompts, (self.space.adapter,), namespace)
+        num_warm = self._warmed(prompts)
+        found = self._continued(prompts, (self.space.adapter,), self._namespace)
         judged = self._judged(self._task.metric, split, examples, found)
         scores = [
             ExampleScore(id, worth.value, answer=self._answer(each), failure=worth.failure)
@@ -379,11 +387,13 @@ class Replica:
         return batch.plans[adapters]
 
     def _plan(self, encodings: Sequence[Encoding], adapters: Adapters) -> ScorePlan:
-        return self.engine.plan(
-            [sequence for encoding in encodings for sequence in encoding.sequences],
-            [span for encoding in encodings for span in encoding.spans],
-            adapters,
-        )
+        return self.engine.plan(*_sequences(encodings), adapters)
+
+    def _is_verified(self, num_probes: int) -> bool:
+        """Whether one of the next so many probes is to be computed again without reuse."""
+        every, before = self._verify_every, self._num_probes
+        self._num_probes += num_probes
+        return every > 0 and self._num_probes // every > before // every
 
     def _losses(
         self, encodings: Sequence[Encoding], plan: ScorePlan, launches: Sequence[Launched]
@@ -396,6 +406,8 @@ class Replica:
                 ProbeLoss(
                     batch_loss(kind, encodings, scores),
                     answer.num_tokens // len(plan.adapters),
+                    answer.num_asked // len(plan.adapters),
+                    answer.num_reused // len(plan.adapters),
                 )
                 for scores in _by_option(encodings, answer)
             ]
@@ -422,6 +434,16 @@ def _num_tokens(prompts: Sequence[Sequence[int]], found: Sequence[Continuation])
     return num_copies * sum(map(len, prompts)) + sum(len(each.tokens) for each in found)
 
 
+def _sequences(
+    encodings: Sequence[Encoding],
+) -> tuple[list[tuple[int, ...]], list[tuple[int, int]]]:
+    """What the engine scores for them: sequences, and a span in each."""
+    return (
+        [sequence for encoding in encodings for sequence in encoding.sequences],
+        [span for encoding in encodings for span in encoding.spans],
+    )
+
+
 def _by_option(encodings: Sequence[Encoding], scores: Scores) -> list[list[list[SpanScore]]]:
     """Scores per adapter, example and option."""
     spans = iter(scores.spans)
@@ -444,7 +466,8 @@ def answer_loss(
         -math.fsum(worth[first : first + number]) / number for first in range(0, len(worth), number)
     )
     mean = math.fsum(parts) / len(parts)
-    return ProbeLoss(mean, num_tokens, parts, rewards.count(judged))
+    lost = rewards.count(judged)
+    return ProbeLoss(mean, num_tokens, num_asked=num_tokens, parts=parts, lost=lost)
 
 
 def batch_loss(

@@ -111,7 +111,9 @@ def _history(folder: Path) -> History:
 def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     if isinstance(entry.get("lost"), dict):
         yield "lost_samples", sum(entry["lost"].values())
-    for name, value in entry.items():
+    kv = entry.get("kv")
+    parts = {f"kv_{name}": value for name, value in kv.items()} if isinstance(kv, dict) else {}
+    for name, value in {**entry, **parts}.items():
         if name not in ("kind", "step") and isinstance(value, int | float):
             yield name, value
 
@@ -275,7 +277,13 @@ def _course(history: History) -> str:
     note = f"below 1, and so mostly noise: {history.total('below_floor'):,.0f} steps"
     draw("lost_samples", "Lost samples", ".0f", "at which the reward failed", from_zero=True)
     draw("signal_to_noise", "Signal to noise of g", ".3g", note, smooth=True, from_zero=True)
-    draw("kv_reuse", "KV reuse", ".2f", "share of tokens found in the cache", from_zero=True)
+    if asked := history.total("kv_asked"):
+        shares = [history.total(f"kv_{where}") / asked for where in ("inside", "across")]
+        note = (
+            f"share of prompt tokens not computed: {shares[0]:.1%} shared inside a forward, "
+            f"{shares[1]:.1%} found in the cache"
+        )
+        draw("kv_reused_share", "KV reuse", ".2f", note, from_zero=True)
     if not figures:
         return '<p class="note">No step has been taken yet.</p>'
     return f'<div class="charts">\n{"".join(figures)}</div>'

@@ -20,7 +20,7 @@ from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError, load
 from orchestrator.driver import Driver
 from orchestrator.evaluate import measured, scores_of, share_computed, write_scores
-from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary
+from orchestrator.metrics import Evaluation, KvUse, Records, StepMetrics, Summary
 from orchestrator.noise import NOISE_VERSION
 from orchestrator.progress import Display
 from orchestrator.records import Fleet, ReplicaInfo
@@ -89,8 +89,8 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
             "model.path, model.device, space.init, task.train, task.test, task.label_names, "
             "task.unconditional, task.reward.path, task.reward.timeout, task.reward.workers, "
             "task.reward.environment, fleet.kind, fleet.num_replicas, run.eval_every, "
-            "run.eval_examples, run.check_every and, with model.score_graphs=false, space.master "
-            "between float32 and host"
+            "run.eval_examples, run.check_every, run.verify_cache and, with "
+            "model.score_graphs=false, space.master between float32 and host"
         )
     run = _checked(load(path, overrides), folder)
     if run.ledger_path.exists():
@@ -200,7 +200,7 @@ def _train(run: Run, display: Display) -> None:
             fleet,
             ledger,
             [records, display, speed, looks],
-            batches=Batches(run.config, len(run.data.train)),
+            batches=_batches(run),
             num_test=num_held_out,
             num_dev=len(run.data.dev),
         )
@@ -236,6 +236,7 @@ def _train(run: Run, display: Display) -> None:
             best_step=best.step if best else None,
             best_dev=best.accuracy if best else None,
             lost=metrics.lost(run.folder),
+            kv=speed.kv.numbers(),
         )
         records.summary(summary)
     display.result(summary, run.folder)
@@ -346,7 +347,7 @@ def tune(run: Run, folder: Path) -> None:
     log = folder / metrics.LOG_FILE
     output.divert(log)
     display = Display(output.terminal(), run.config.run.steps)
-    batches = Batches(run.config, len(run.data.train))
+    batches = _batches(run)
     with _started_fleet(run, log, display.say) as (fleet, _):
         proposal = tuning.measure(run.config, fleet, batches, display.say)
     page = tune_page.write(folder, run.config, proposal)
@@ -399,6 +400,10 @@ def _check_reward(run: Run) -> None:
         rewards.check(run.config.task.reward)
 
 
+def _batches(run: Run) -> Batches:
+    return Batches(run.config, len(run.data.train), run.data.groups)
+
+
 def _num_steps(run: Run, at: At | None) -> int:
     """How many of the ledger's steps lead to the state that is meant."""
     _, records = Ledger.read(run.ledger_path)
@@ -435,11 +440,13 @@ class Speed:
 
     def __init__(self) -> None:
         self.num_probes = self.num_tokens = 0
+        self.kv = KvUse()
         self.seconds = 0.0
 
     def step(self, step: StepMetrics) -> None:
         self.num_probes += step.num_probes
         self.num_tokens += step.num_tokens
+        self.kv += step.kv
         self.seconds += step.seconds
 
     def evaluation(self, evaluation: Evaluation) -> None:

@@ -1,9 +1,10 @@
-"""SGLang's Triton attention for batches of which no row has a cached prefix or keeps its keys.
+"""SGLang's Triton attention for batches of which no row needs the pool, nor keeps its keys there.
 
 Owns the choice, layer by layer, between our kernel and SGLang's: ours reads queries, keys and
 values where the model's projections put them, so nothing is copied and nothing written to the KV
-pool. A layer whose attention is of another kind than plain causal goes SGLang's way, and so does
-what a graph's batch does not have. Knows nothing of graphs.
+pool; so are those that rows share with others of the batch. A layer whose attention is of another
+kind than plain causal goes SGLang's way, and so does what a graph's batch does not have; where rows
+share, it cannot. Knows nothing of graphs.
 """
 
 from typing import Any
@@ -13,20 +14,29 @@ from sglang.srt.layers.attention.triton_backend import ForwardMetadata, TritonAt
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from orchestrator.attention_triton import MAX_HEAD_DIM, attend
+from orchestrator.attention_triton import MAX_HEAD_DIM, Context, attend
 
 
 class KeysElsewhere(Exception):
-    """A layer reads keys that another one has left in the pool, where here nobody writes them."""
+    """A layer reads keys that are to be in the pool, where here nobody writes them."""
 
 
 class UncachedAttention(TritonAttnBackend):  # type: ignore[misc]  # SGLang has no types
     """Stands in for a runner's backend during forwards of one planned batch."""
 
-    def __init__(self, original: TritonAttnBackend, metadata: ForwardMetadata) -> None:
-        """All that `original` has, pools and buffers too, but for the plan of the batch."""
+    def __init__(
+        self,
+        original: TritonAttnBackend,
+        metadata: ForwardMetadata,
+        context: Context | None = None,
+    ) -> None:
+        """All that `original` has, pools and buffers too, but for the plan of the batch.
+
+        `context` is what rows begin with that others compute; None where they share nothing.
+        """
         self.__dict__.update(original.__dict__)
         self.forward_metadata = metadata
+        self._context = context
 
     def forward_extend(
         self,
@@ -40,7 +50,8 @@ class UncachedAttention(TritonAttnBackend):  # type: ignore[misc]  # SGLang has 
     ) -> torch.Tensor:
         """Outputs, shaped like q; heads of q, k and v lie side by side, if not in a dimension.
 
-        Raises KeysElsewhere for a layer without keys of its own.
+        Raises KeysElsewhere for a layer without keys of its own, and where rows share keys for one
+        that our kernel does not serve.
         """
         planned = self.forward_metadata
         if k is None or v is None:
@@ -50,6 +61,8 @@ class UncachedAttention(TritonAttnBackend):  # type: ignore[misc]  # SGLang has 
             or any(value is not None for value in named.values())
             or not self._is_plain(layer)
         ):
+            if self._context is not None:
+                raise KeysElsewhere(layer.layer_id)
             output: torch.Tensor = super().forward_extend(
                 q, k, v, layer, forward_batch, save_kv_cache, **named
             )
@@ -61,6 +74,7 @@ class UncachedAttention(TritonAttnBackend):  # type: ignore[misc]  # SGLang has 
             planned.qo_indptr,
             planned.max_extend_len,
             layer.scaling,
+            context=self._context,
         ).view(q.shape)
 
     def _is_plain(self, layer: RadixAttention) -> bool:

@@ -28,6 +28,7 @@ from orchestrator.adapter_kernels_triton import (
     cut_rows,
 )
 from orchestrator.adapters import AdapterSlots
+from orchestrator.attention_triton import Context
 from orchestrator.score_attention import KeysElsewhere, UncachedAttention
 from orchestrator.score_plan import PlanBatch
 
@@ -46,6 +47,8 @@ class Shape:
     num_tokens: int
     longest: int
     num_targets: int
+    longest_shared: int = 0
+    """Of what a sequence begins with that others compute; 0 where none does."""
 
     @property
     def lengths(self) -> list[int]:
@@ -63,6 +66,7 @@ def shape_of(batch: PlanBatch) -> Shape:
         num_tokens=sum(lengths) + padding,
         longest=_up(max([*lengths, padding]), LENGTH_STEP),
         num_targets=_up(len(batch.positions), TARGET_STEP),
+        longest_shared=_up(max(batch.shared), LENGTH_STEP),
     )
 
 
@@ -83,15 +87,16 @@ class ScoreGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._parameters = list(model_runner.model.parameters())
         self._addresses: list[int] = []
-        self._is_refused = False
+        self._refused: set[bool] = set()
+        """Whether batches that share keys, and those that do not, are none that a graph serves."""
 
     def run(self, batch: PlanBatch) -> torch.Tensor | None:
         """Log-probabilities, float32 [targets]; None for a batch that no graph can serve.
 
-        Such are large batches, and all batches of models whose layers share keys.
+        Such are large batches, and all batches of models with layers that read the pool.
         """
         shape = shape_of(batch)
-        if self._is_refused or shape.num_tokens > MAX_TOKENS:
+        if batch.is_shared in self._refused or shape.num_tokens > MAX_TOKENS:
             return None
         addresses = [parameter.data_ptr() for parameter in self._parameters]
         if addresses != self._addresses:  # graphs read where parameters were at their capture
@@ -103,7 +108,7 @@ class ScoreGraphs:
             try:
                 self._graphs[shape] = self._captured(shape)
             except KeysElsewhere:
-                self._is_refused = True
+                self._refused.add(batch.is_shared)
                 return None
         self._graphs.move_to_end(shape)
         return self._graphs[shape].run(batch)
@@ -148,7 +153,12 @@ class ScoreGraph:
             qo_indptr=planned.qo_indptr.clone(),
             kv_indptr=planned.kv_indptr.clone(),
         )
-        attention = UncachedAttention(backend, self._metadata)
+        self._context: Context | None = None
+        if shape.longest_shared:
+            sizes = (shape.num_sequences, shape.longest_shared)
+            places = torch.zeros(sizes, dtype=torch.int32, device=device)
+            self._context = Context(torch.zeros_like(places[:, 0]), places)
+        attention = UncachedAttention(backend, self._metadata, self._context)
         self._graph = torch.cuda.CUDAGraph()
         self._capture(model_runner, head, attention, pool)
 
@@ -183,16 +193,25 @@ class ScoreGraph:
 
     def _write(self, batch: PlanBatch) -> None:
         """Put a batch where the graph reads."""
-        lengths = batch.lengths
+        lengths, shared = batch.lengths, batch.shared
         padding = self._shape.num_tokens - sum(lengths)
         if padding:
             lengths.append(padding)
-        ids = [token for row in batch.rows for token in row.prompt.tokens]
+            shared.append(0)
+        ids = [token for row in batch.rows for token in row.prompt.own]
         _fill(self._batch.input_ids, _padded(ids, self._shape.num_tokens))
-        _fill(self._batch.positions, np.concatenate([np.arange(length) for length in lengths]))
+        pairs = zip(shared, lengths, strict=True)
+        positions = [np.arange(first, first + length) for first, length in pairs]
+        _fill(self._batch.positions, np.concatenate(positions))
         _fill(self._metadata.qo_indptr, np.array([0, *accumulate(lengths)]))
         _fill(self._rows, _padded(batch.positions, self._shape.num_targets))
         _fill(self._tokens, _padded(batch.tokens, self._shape.num_targets))
+        if self._context is not None:
+            places = np.zeros(self._context.places.shape, np.int64)
+            for row, of_row in zip(places, batch.places(), strict=False):
+                row[: len(of_row)] = of_row
+            _fill(self._context.counts, np.array(shared))
+            _fill(self._context.places, places)
         if self._adapters is not None:
             adapters = [row.adapter for row in batch.rows]
             self._adapters.write(lengths, [*adapters, *([None] if padding else [])])

@@ -1,11 +1,27 @@
-"""What a call for scores comes down to: distinct prompts, what to score on them, and in which rows.
+"""What a call for scores comes down to: a tree of prompts, what to score on them, in which rows.
 
 Owns how sequences share the work, and how a flat list of log-probabilities becomes the answer.
 Knows neither models nor batches' memory.
+
+The rows of a batch are the leaves of the tree, in its order. So what a row shares with any row
+before it, it shares with the one right before it: a number of tokens a row tells the whole tree,
+of any depth. A row computes what lies behind that, and attends to keys and values that other rows
+of the same forward compute; each layer writes those of all rows before it reads any. Thus every
+distinct beginning is computed once, in one forward, and there is nothing that a later forward
+could find.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Of a plan's tokens: where sharing spares fewer, such as the one that all texts begin with, rows
+# are computed as they are. They then read their keys where they lie, and not by way of an index.
+LEAST_SHARE = 1 / 16
+Pair = tuple[int, int]
+"""Something to score: the position whose logits are needed, and the token that follows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +40,31 @@ class Scores:
     num_tokens: int
     """Tokens that went through the model."""
     num_reused: int
-    """Tokens whose KV entries were found in the cache."""
+    """Tokens that would have, had an earlier forward not left their KV entries in the cache."""
+    num_asked: int
+    """Tokens that whole sequences would have put through the model. What is neither computed nor
+    found in the cache was shared inside a forward."""
 
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """Distinct input tokens, and the (position, token) pairs to score on them, in order."""
+    """Distinct input tokens."""
 
     tokens: tuple[int, ...]
-    targets: dict[tuple[int, int], None] = field(default_factory=dict)
+    shared: int = 0
+    """So many first tokens are those of the prompt before it in its batch, which, or one before,
+    computes them."""
+    targets: dict[Pair, None] = field(default_factory=dict)
+    """What is scored on tokens behind those, in order."""
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The tokens that no prompt before it has."""
+        return self.tokens[self.shared :]
 
     @property
     def first_scored(self) -> int:
-        """The first position whose logits are needed."""
+        """The first position whose logits are needed here."""
         return min(position for position, _ in self.targets)
 
 
@@ -50,35 +78,141 @@ class Row:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanBatch:
-    """Rows that go through the model together."""
+    """Rows that go through the model together. The first row of an adapter shares nothing."""
 
     rows: list[Row]
     positions: list[int]
-    """What is scored, as positions of the rows' tokens laid end to end."""
+    """What is scored, as positions of the rows' own tokens laid end to end."""
     tokens: list[int]
     """The token to score at each."""
 
     @property
     def lengths(self) -> list[int]:
-        return [len(row.prompt.tokens) for row in self.rows]
+        """Of the rows' own tokens."""
+        return [len(row.prompt.tokens) - row.prompt.shared for row in self.rows]
+
+    @property
+    def shared(self) -> list[int]:
+        """How many tokens each row takes from the row before it."""
+        return [row.prompt.shared for row in self.rows]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether any row needs what another computes."""
+        return any(self.shared)
+
+    def places(self) -> list[NDArray[np.int64]]:
+        """Per row, where the tokens that it takes lie among the rows' own tokens, end to end."""
+        lengths, shared = np.array(self.lengths), np.array(self.shared)
+        first_places = np.cumsum(lengths) - lengths - shared  # of a row's position 0, if it had it
+        return [
+            first_places[of_row[:size]] + np.arange(size)
+            for of_row, size in zip(owners(lengths + shared, shared), shared, strict=True)
+        ]
 
 
 def laid_out(rows: list[Row]) -> PlanBatch:
     positions, tokens = [], []
     start = 0
     for row in rows:
-        for position, token in row.prompt.targets:
-            positions.append(start + position)
+        prompt = row.prompt
+        for position, token in prompt.targets:
+            positions.append(start + position - prompt.shared)
             tokens.append(token)
-        start += len(row.prompt.tokens)
+        start += len(prompt.tokens) - prompt.shared
     return PlanBatch(rows, positions, tokens)
+
+
+def owners(
+    lengths: Sequence[int] | NDArray[np.int64], taken: Sequence[int] | NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    """Which row has the entry of each position of each row: [lengths[i]] numbers of rows.
+
+    Row i has `lengths[i]` tokens, and takes the first `taken[i]` from the row before it, which may
+    itself have taken them.
+    """
+    found: list[NDArray[np.int64]] = []
+    for number, (length, size) in enumerate(zip(lengths, taken, strict=True)):
+        row = np.full(length, number, np.int64)
+        if size:
+            row[:size] = found[-1][:size]
+        found.append(row)
+    return found
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    """A node of the tree: the tokens that lead to it from the node above."""
+
+    tokens: tuple[int, ...]
+    below: dict[int, "Branch"] = field(default_factory=dict)
+    """By the first token of each, in the order in which they came."""
+    first_leaf: int = 0
+
+
+class PrefixTree:
+    """Token sequences by their beginnings. Leaves stand in the order in which they first came."""
+
+    def __init__(self, sequences: Sequence[tuple[int, ...]]) -> None:
+        self._root = Branch(())
+        for tokens in sequences:
+            self._insert(tokens)
+        self.leaves = self._numbered() if sequences else []
+        """Each leaf's tokens, and how many of them are the leaf's before it, too."""
+
+    def _insert(self, tokens: tuple[int, ...]) -> None:
+        node, start = self._root, 0
+        while start < len(tokens):
+            child = node.below.get(tokens[start])
+            if child is None:
+                child = node.below[tokens[start]] = Branch(tokens[start:])
+            size = _num_common(child.tokens, tokens[start : start + len(child.tokens)])
+            if size < len(child.tokens):
+                lower = Branch(child.tokens[size:], child.below)
+                child.tokens, child.below = child.tokens[:size], {lower.tokens[0]: lower}
+            node, start = child, start + size
+
+    def _numbered(self) -> list[tuple[tuple[int, ...], int]]:
+        leaves: list[tuple[tuple[int, ...], int]] = []
+        waiting: list[tuple[Branch, tuple[int, ...], int]] = [(self._root, (), 0)]
+        while waiting:
+            node, before, shared = waiting.pop()
+            node.first_leaf = len(leaves)
+            tokens = before + node.tokens
+            if not node.below:
+                leaves.append((tokens, shared))
+            # The first leaf below follows what came before this node, the others this node's own.
+            order = list(node.below.values())
+            depths = [shared, *[len(tokens)] * (len(order) - 1)]
+            waiting += reversed([(b, tokens, d) for b, d in zip(order, depths, strict=False)])
+        return leaves
+
+    def leaf(self, tokens: tuple[int, ...]) -> int:
+        """The number of the first leaf that begins with a sequence of the tree."""
+        node, start = self._root, 0
+        while start < len(tokens):
+            node = node.below[tokens[start]]
+            start += len(node.tokens)
+        return node.first_leaf
+
+
+def _num_common(some: tuple[int, ...], others: tuple[int, ...]) -> int:
+    """How many tokens two sequences begin with alike."""
+    if some == others:
+        return len(some)
+    pairs = zip(some, others, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(some), len(others)))
+
+
+def _num_own(prompts: Sequence[Prompt]) -> int:
+    return sum(len(prompt.tokens) - prompt.shared for prompt in prompts)
 
 
 class ScorePlan:
     """Sequences to be scored under adapters, once or again after weights have changed.
 
     The last token of a span is only a target, never an input: sequences that differ in no other
-    token share a prompt.
+    token are one prompt. Where prompts share, one that begins another is part of it.
     """
 
     def __init__(
@@ -86,28 +220,52 @@ class ScorePlan:
         sequences: Sequence[Sequence[int]],
         spans: Sequence[tuple[int, int]],
         adapters: Sequence[str | None],
+        *,
+        sharing: bool = True,
     ) -> None:
-        """Raises ValueError for a span that does not fit its sequence."""
+        """Without `sharing` every distinct input is computed whole, in the order given; so it is
+        where sharing would spare few tokens.
+
+        Raises ValueError for a span that does not fit its sequence.
+        """
         self.adapters = tuple(adapters)
-        self._wanted = []  # per sequence: its prompt, and what of it makes up the span
-        prompts: dict[tuple[int, ...], Prompt] = {}
+        inputs, wanted = [], []
         for tokens, (start, end) in zip(sequences, spans, strict=True):
             if not 1 <= start < end <= len(tokens):
                 raise ValueError(f"span {start}..{end} in a sequence of {len(tokens)} tokens")
-            inputs = tuple(tokens[: end - 1])
-            prompt = prompts.setdefault(inputs, Prompt(inputs))
-            wanted = [(position, tokens[position + 1]) for position in range(start - 1, end - 1)]
-            prompt.targets.update(dict.fromkeys(wanted))
-            self._wanted.append((prompt, wanted))
-        self.prompts = list(prompts.values())
+            inputs.append(tuple(tokens[: end - 1]))
+            wanted.append(
+                [(position, tokens[position + 1]) for position in range(start - 1, end - 1)]
+            )
+        numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(inputs))}
+        self.prompts = [Prompt(tokens) for tokens in numbers]
+        if sharing:
+            tree = PrefixTree(inputs)
+            prompts = [Prompt(tokens, shared) for tokens, shared in tree.leaves]
+            if _num_own(prompts) <= (1 - LEAST_SHARE) * _num_own(self.prompts):
+                self.prompts, numbers = prompts, {tokens: tree.leaf(tokens) for tokens in inputs}
+        self._wanted = [
+            (numbers[tokens], pairs) for tokens, pairs in zip(inputs, wanted, strict=True)
+        ]
+        self._owned: list[list[tuple[Prompt, Pair]]] = []  # per sequence: what makes up its span
+        self._num_asked = sum(map(len, inputs))
         self.batches: list[PlanBatch] = []
 
-    def split(self, batches: Iterator[range]) -> None:
+    def split(self, batches: Sequence[range]) -> None:
         """Decide which prompts go through the model together, under all adapters.
 
         So none is computed in other shapes than another. The rows of an adapter stand together:
-        kernels then work on few, long segments.
+        kernels then work on few, long segments. The first prompt of a batch shares nothing.
         """
+        for batch in batches:
+            self.prompts[batch.start].shared = 0
+        for number, pairs in self._wanted:
+            self._owned.append(
+                [(self._owner(number, position), (position, token)) for position, token in pairs]
+            )
+        for of_sequence in self._owned:
+            for prompt, pair in of_sequence:
+                prompt.targets[pair] = None
         self.batches = [
             laid_out(
                 [Row(adapter, self.prompts[index]) for adapter in self.adapters for index in batch]
@@ -115,10 +273,16 @@ class ScorePlan:
             for batch in batches
         ]
 
+    def _owner(self, number: int, position: int) -> Prompt:
+        """The prompt that computes a position of prompt `number`."""
+        while position < self.prompts[number].shared:
+            number -= 1
+        return self.prompts[number]
+
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows."""
-        return len(self.adapters) * sum(len(prompt.tokens) for prompt in self.prompts)
+        """Tokens of all rows, without those that another row computes."""
+        return len(self.adapters) * _num_own(self.prompts)
 
     @property
     def num_targets(self) -> int:
@@ -135,8 +299,8 @@ class ScorePlan:
         }
         spans = []
         for adapter in self.adapters:
-            for prompt, wanted in self._wanted:
-                of_prompt = found[adapter, prompt]
-                total = sum(of_prompt[pair] for pair in wanted)
-                spans.append(SpanScore(mean=total / len(wanted), sum=total))
-        return Scores(spans, self.num_tokens - num_reused, num_reused)
+            for owned in self._owned:
+                total = sum(found[adapter, prompt][pair] for prompt, pair in owned)
+                spans.append(SpanScore(mean=total / len(owned), sum=total))
+        num_asked = len(self.adapters) * self._num_asked
+        return Scores(spans, self.num_tokens - num_reused, num_reused, num_asked)

@@ -44,6 +44,8 @@ class Example:
     """File and line, for messages."""
     row: dict[str, Any] | None = None
     """All of its fields, where a reward function is to see them."""
+    group: str | None = None
+    """What examples that are drawn together have in common, as JSON; None where none are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,20 @@ class TaskData:
     def split(self, name: Split) -> tuple[Example, ...]:
         return {"train": self.train, "dev": self.dev, "test": self.test}[name]
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of `train`'s examples; empty where none are drawn together."""
+        groups = (example.group for example in self.train)
+        return tuple(group for group in groups if group is not None)
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all examples' texts and labels, split after split, and the splits'
         sizes: HASH-TRAIN-DEV-TEST.
         """
         digest = hashlib.sha256(self.demonstrations.encode())
         for example in (*self.train, *self.dev, *self.test):
-            others = [part for part in (example.also_right, example.answers) if part]
+            parts = (example.also_right, example.answers, example.group)
+            others = [part for part in parts if part]
             digest.update(json.dumps([example.texts, example.label, *others]).encode())
             if example.row is not None:
                 fields = json.dumps(example.row, sort_keys=True, default=str)
@@ -162,7 +171,14 @@ class Renderer:
             else None,
             origin=row.origin,
             row=row.fields if self._task.reward is not None else None,
+            group=self._group(row) if training else None,
         )
+
+    def _group(self, row: Row) -> str | None:
+        field = self._task.group_by
+        if field is None:
+            return None
+        return json.dumps(row.find("task.group_by", field), sort_keys=True, default=str)
 
     def answered(self, row: Row) -> str:
         """The row with its right option, as a demonstration."""

@@ -24,7 +24,7 @@ def test_the_programs_of_opt_md_run(
         exec(compile(program, "docs/opt.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "patched:" in printed
-    assert "reused: 4" in printed
+    assert "computed: 2 of 7" in printed
 
 
 def test_opt_md_names_every_patch() -> None:

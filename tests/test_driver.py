@@ -60,7 +60,7 @@ class ToyFleet:
 
     def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
         return [
-            ProbeLoss(loss(self.weights + p.sign * p.eps * z(p.seed), p.examples), num_tokens=1)
+            ProbeLoss(loss(self.weights + p.sign * p.eps * z(p.seed), p.examples), 1, num_asked=4)
             for p in probes
         ]
 

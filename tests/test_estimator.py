@@ -3,6 +3,7 @@
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def settings(**values: object) -> Estimator:
 
 
 def losses(*values: float) -> list[ProbeLoss]:
-    return [ProbeLoss(value, num_tokens=10) for value in values]
+    return [ProbeLoss(value, num_tokens=10, num_asked=10) for value in values]
 
 
 def test_two_sided_coefficients() -> None:
@@ -124,7 +125,7 @@ def test_es_leaves_out_what_cannot_be_compared(shaping: str) -> None:
 def test_es_compares_probes_prompt_by_prompt(shaping: str) -> None:
     table = np.array([[1.0, 50, 3], [2, -50, 3], [1.5, 100, 3], [math.nan] * 3, [0.5, 0, 3]])
     kept = [0, 1, 2, 4]
-    probes = [ProbeLoss(float(row.mean()), 10, tuple(map(float, row))) for row in table]
+    probes = [ProbeLoss(float(row.mean()), 10, 10, parts=tuple(map(float, row))) for row in table]
     chosen = settings(kind="es", shaping=shaping, baseline="prompt", num_seeds=5)
     result = estimator.estimate(chosen, 0.1, probes)
     columns = table[kept].T
@@ -139,7 +140,7 @@ def test_es_compares_probes_prompt_by_prompt(shaping: str) -> None:
     # The middle prompt's spread does not decide, as it does where the batch is compared.
     whole = estimator.estimate(chosen.model_copy(update={"baseline": "batch"}), 0.1, probes)
     assert np.argmin([whole.gradients[i] or 0.0 for i in kept]) == np.argmin(table[kept, 1])
-    scaled = [ProbeLoss(p.value, 10, (p.parts[0], p.parts[1] * 9, p.parts[2])) for p in probes]
+    scaled = [replace(p, parts=(p.parts[0], p.parts[1] * 9, p.parts[2])) for p in probes]
     again = estimator.estimate(chosen, 0.1, scaled)
     assert [again.gradients[i] for i in kept] == pytest.approx(expected)
 

@@ -5,6 +5,9 @@ that launch kernels run in processes of their own, which call this module. On a 
 them without the interpreter.
 """
 
+import itertools
+import random
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,45 +36,71 @@ TOLERANCES = {
 }
 
 
+def contexts(draw: random.Random) -> list[list[int]]:
+    """Per sequence of LENGTHS, rows that it sees before its own; some see none."""
+    sizes = (0, 70, 3, 0, 128, 33, 1)
+    return [[draw.randrange(sum(LENGTHS)) for _ in range(size)] for size in sizes]
+
+
 def reference_attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    seen: Sequence[Sequence[int]] = ((),) * len(LENGTHS),
 ) -> torch.Tensor:
-    """Of LENGTHS, float64 [tokens, heads, head_dim]."""
+    """Of LENGTHS, behind the rows that each has `seen`; float64 [tokens, heads, head_dim]."""
     group = queries.shape[1] // keys.shape[1]
     parts = (queries, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1))
     outputs = []
-    for end, length in zip(accumulate(LENGTHS), LENGTHS, strict=True):
-        query, key, value = (part[end - length : end].double().transpose(0, 1) for part in parts)
+    for end, length, before in zip(accumulate(LENGTHS), LENGTHS, seen, strict=True):
+        own = list(range(end - length, end))
+        places = (own, [*before, *own], [*before, *own])
+        query, key, value = (
+            part[place].double().transpose(0, 1) for part, place in zip(parts, places, strict=True)
+        )
         scores = scale * query @ key.transpose(1, 2)
-        hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device)
+        hidden = hidden.triu(1 + len(before))
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         outputs.append((weights @ value).transpose(0, 1))
     return torch.cat(outputs)
 
 
 def check_attention(device: str, dtype: torch.dtype) -> None:
-    """All layouts of heads, as slices of wider rows with NaN around them, all launches."""
+    """All layouts of heads, as slices of wider rows with NaN around them, all launches.
+
+    Each with and without rows of other sequences before a sequence's own.
+    """
     from orchestrator import attention_triton  # noqa: PLC0415  see this module's docstring
 
     torch.manual_seed(0)
     bounds = torch.tensor([0, *accumulate(LENGTHS)], device=device)
     for heads in LAYOUTS:
-        counts = (heads.queries, heads.keys, heads.keys)
-        wide = torch.full((sum(LENGTHS) + 1, sum(counts) + 1, heads.dim), float("nan"))
-        wide[:-1, :-1] = torch.randn(sum(LENGTHS), sum(counts), heads.dim)
+        widths = (heads.queries, heads.keys, heads.keys)
+        wide = torch.full((sum(LENGTHS) + 1, sum(widths) + 1, heads.dim), float("nan"))
+        wide[:-1, :-1] = torch.randn(sum(LENGTHS), sum(widths), heads.dim)
         inner = wide.to(device, dtype)[:-1]
         queries, keys, values = (
-            inner[:, end - count : end]
-            for end, count in zip(accumulate(counts), counts, strict=True)
+            inner[:, end - width : end]
+            for end, width in zip(accumulate(widths), widths, strict=True)
         )
-        expected = reference_attention(queries, keys, values, scale=0.3)
+        seen = contexts(random.Random(heads.dim))
+        places = torch.zeros(len(seen), 130, dtype=torch.int32)
+        for row, of_row in zip(places, seen, strict=True):
+            row[: len(of_row)] = torch.tensor(of_row, dtype=torch.int32)
+        counts = torch.tensor([len(of_row) for of_row in seen], dtype=torch.int32)
+        context = attention_triton.Context(counts.to(device), places.to(device))
+        plain = reference_attention(queries, keys, values, scale=0.3)
+        behind = reference_attention(queries, keys, values, 0.3, seen)
         for launch in (attention_triton.SHORT, attention_triton.LONG, attention_triton.FLOAT32):
-            outputs = attention_triton.attend(
-                queries, keys, values, bounds, max(LENGTHS), 0.3, launch
-            )
-            assert outputs.dtype is dtype
-            relative, absolute = TOLERANCES[dtype]
-            torch.testing.assert_close(outputs.double(), expected, rtol=relative, atol=absolute)
+            for others, expected in ((None, plain), (context, behind)):
+                outputs = attention_triton.attend(
+                    queries, keys, values, bounds, max(LENGTHS), 0.3, launch, others
+                )
+                assert outputs.dtype is dtype
+                relative, absolute = TOLERANCES[dtype]
+                torch.testing.assert_close(outputs.double(), expected, rtol=relative, atol=absolute)
 
 
 def check_norm(device: str, dtype: torch.dtype) -> None:
@@ -121,10 +150,12 @@ def check_compiles() -> None:
         return str(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"])
 
     types = dict.fromkeys(("queries", "keys", "values", "outputs"), "*bf16")
-    types |= {"bounds": "*i64", "scale": "fp32"}
+    types |= {"bounds": "*i64", "counts": "*i32", "places": "*i32", "scale": "fp32"}
     types |= {name: "i32" for name in attention_triton._attend.arg_names if "stride" in name}
     for launch in (attention_triton.SHORT, attention_triton.LONG):
-        for dim, padded in ((128, 128), (80, 128), (64, 64)):
+        for (dim, padded), shared in itertools.product(
+            ((128, 128), (80, 128), (64, 64)), (False, True)
+        ):
             text = ptx(
                 attention_triton._attend,
                 types,
@@ -136,6 +167,7 @@ def check_compiles() -> None:
                 PADDED_DIM=padded,
                 BLOCK_ROWS=launch.rows,
                 BLOCK_KEYS=launch.keys,
+                HAS_CONTEXT=shared,
             )
             assert "mma" in text and "st.global.v4" in text
             assert "ld.global.v4" in text or "cp.async.cg.shared.global" in text

@@ -27,7 +27,7 @@ LAYERS = [
     {"score_graphs", "pools"},
     {"generation"},
     {"engine", "sglang_models", "export"},
-    {"space"},
+    {"space", "cache_check"},
     {"slotted", "host_master"},
     {"dense", "lora", "low_rank", "prefix"},
     {"spaces"},
@@ -64,7 +64,7 @@ OWNERS = {
     | {"sweeps_cuda", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"}
     | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
     | {"score_graphs", "score_attention", "attention_triton", "norm_triton"}
-    | {"pools", "generation", "sampling", "host_master"},
+    | {"pools", "generation", "sampling", "host_master", "cache_check"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(

@@ -94,7 +94,7 @@ def test_the_noise_is_measured_twice_in_both_orders() -> None:
     class Noisy(ToyFleet):
         def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
             calls.append(probes)
-            return [ProbeLoss(1 + NOISE * (-1) ** index, 1) for index, _ in enumerate(probes)]
+            return [ProbeLoss(1 + NOISE * (-1) ** index, 1, 1) for index, _ in enumerate(probes)]
 
     noise = noise_floor.measure(config(), Noisy(), 5, (1, 2, 3))
     assert noise == pytest.approx(NOISE * math.sqrt(4 / 3))

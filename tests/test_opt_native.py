@@ -67,8 +67,9 @@ def test_logits_equal_transformers(
     sequences = random_sequences(seed=0, count=30)
     spans = [(1, len(tokens)) for tokens in sequences]
     expected = [reference(torch.tensor([tokens])).logits[0, :-1] for tokens in sequences]
+    plan = engine.plan(sequences, spans, sharing=False)
     with recorded(engine) as logits:
-        engine.score(sequences, spans)
+        engine.launch(plan)
     torch.testing.assert_close(torch.cat(logits), torch.cat(expected), atol=1e-4, rtol=0)
 
 

@@ -1,5 +1,6 @@
 """The page about a run: what it tells of finished and unfinished ones, and that it stands alone."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from orchestrator import metrics, report
 from orchestrator.config import ConfigError
 from orchestrator.evaluate import interval
 from orchestrator.inspection import inspect
-from orchestrator.metrics import Evaluation, Records, StepMetrics, Summary
+from orchestrator.metrics import Evaluation, KvUse, Records, StepMetrics, Summary
 from orchestrator.seed_sync import Header, Ledger, StepRecord
 
 HEADER = Header(1, 1, "tiny <b>", "weights-aa", "config-bb", "data-cc", (("sglang", "0.5.17"),))
@@ -207,12 +208,18 @@ def test_numbers_that_only_some_runs_record_are_drawn_where_they_are(
 ) -> None:
     path = finished / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    more = ', "signal_to_noise": 3.5, "kv_reuse": 0.25}'
-    path.write_text("\n".join(line[:-1] + more if '"loss"' in line else line for line in lines))
+    kv = KvUse(asked=100, computed=20, across=10)
+    for number, line in enumerate(lines):
+        if '"loss"' in line:
+            more = {"signal_to_noise": 3.5, "kv": kv.numbers()}
+            lines[number] = json.dumps({**json.loads(line), **more})
+    path.write_text("\n".join(lines))
     _, page = read(finished)
     assert charts_of(page) == 10
     for words in ("Signal to noise of g", "KV reuse"):
         assert words in page.text
+    told = " ".join(page.text)
+    assert "70.0 % shared inside a forward, 10.0 % found in the cache" in told
 
 
 def test_a_reward_is_told_in_its_own_units(tmp_path: Path, recipe: dict[str, Any]) -> None:

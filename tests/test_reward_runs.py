@@ -289,7 +289,8 @@ def test_an_empty_generation_is_judged_as_any_text(values: dict[str, Any]) -> No
     replica = Replica(config(values), DEVICE)
     losses = replica.evaluate([], [Probe(0, 7, 1, 0.3, (0, 1))])
     replica.close()
-    assert losses == [ProbeLoss(-0.5, losses[0].num_tokens, (-0.5, -0.5), (0, 0, 0, 0, 0))]
+    size = losses[0].num_tokens
+    assert losses == [ProbeLoss(-0.5, size, size, parts=(-0.5, -0.5), lost=(0, 0, 0, 0, 0))]
 
 
 def test_a_function_that_cannot_be_imported_there_stops_the_run(values: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ class Valley(ToyFleet):
 
     def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
         self.num_probes += len(probes)
-        return [ProbeLoss(self.loss(probe), 1) for probe in probes]
+        return [ProbeLoss(self.loss(probe), 1, 1) for probe in probes]
 
     def loss(self, probe: Probe) -> float:
         point = self.weights + probe.sign * probe.eps * drawn(probe.seed)
@@ -222,7 +222,7 @@ def test_what_cannot_be_measured_is_told() -> None:
         value = 1.0
 
         def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
-            return [ProbeLoss(self.value, 1) for _ in probes]
+            return [ProbeLoss(self.value, 1, 1) for _ in probes]
 
     with pytest.raises(ConfigError, match=r"estimator\.eps: no eps from 1e-05 to 1 changes"):
         measured(Constant())

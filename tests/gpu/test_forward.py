@@ -51,9 +51,9 @@ def test_only_plain_layers_leave_sglang_s_kernel(
     assert expected != pytest.approx(plain, abs=1e-3)
     attended = []
 
-    def counting(*arguments: Any) -> torch.Tensor:
+    def counting(*arguments: Any, **named: Any) -> torch.Tensor:
         attended.append(len(arguments[0]))
-        return attend(*arguments)
+        return attend(*arguments, **named)
 
     monkeypatch.setattr("orchestrator.score_attention.attend", counting)
     found = [span.sum for span in replayed.score(SEQUENCES, SPANS).spans]
