@@ -175,19 +175,19 @@ def factor(kind: NoiseKind, seed: int, name: str, start: int, count: int) -> NDA
 
 
 def low_rank(left: NDArray[np.int8], right: NDArray[np.int8]) -> NDArray[np.float32]:
-    """Noise z = u v / sqrt(rank) of a whole matrix or a shard of it: float32 [rows, columns].
+    """u v of a whole matrix or a shard of it, before it is scaled: float32 [rows, columns], exact.
 
-    `left` is u, int8 [rows, rank], and `right` is v, int8 [rank, columns], both in 1 / 32: factors
-    are drawn as tensors of their own, named NAME.u and NAME.v. Their product is exact.
-    EGGROLL, Sarkar et al. 2025; LOZO, Chen et al. 2024.
+    Noise is z = u v / sqrt(rank). `left` is u, int8 [rows, rank], and `right` is v, int8
+    [rank, columns], both in 1 / 32: factors are drawn as tensors of their own, named NAME.u and
+    NAME.v. EGGROLL, Sarkar et al. 2025; LOZO, Chen et al. 2024.
     """
     products = left.astype(np.int32) @ right.astype(np.int32)
-    return products.astype(np.float32) * low_rank_scale(left.shape[1])
+    return products.astype(np.float32) / np.float32(FACTOR_UNITS**2)
 
 
-def low_rank_scale(rank: int) -> np.float32:
-    """What gives a sum of `rank` products of factors in 1 / 32 unit variance."""
-    return np.float32(1 / np.sqrt(rank)) / np.float32(FACTOR_UNITS**2)
+def low_rank_coefficient(coefficient: float, rank: int) -> np.float32:
+    """What u v of this rank is multiplied by where z has this coefficient; one rounding of both."""
+    return np.float32(coefficient) * np.float32(1 / np.sqrt(rank))
 
 
 def rounding_bits(step: int, name: str, start: int, count: int) -> NDArray[np.uint16]:

@@ -19,6 +19,7 @@ enum Format { NOTHING, FLOAT32, BFLOAT16, FLOAT16, FACTOR };
 // CHUNKS              eights of elements that a lane holds, were there 32 lanes
 // RESIDENT            programs that a multiprocessor has room for, at least
 // RANK, ONE_DRAW      of low-rank noise: its rank, and whether there is one draw
+// DECAYS              whether the only step multiplies its masters by anything but 1
 // ROWS_A_TILE         of low-rank noise
 // TILES_ACROSS        tiles of low-rank noise that lie side by side; 0 for a whole row
 // DIGEST_LIVE         whether to digest live values
@@ -366,6 +367,15 @@ FUNCTION void store_live(const Tile& tile, const float (&value)[HELD][EIGHT]) {
         store<SERVED, true>(tile.live_row(), tile.eight(held), value[held]);
 }
 
+// Where sums begin: what adds to it stays as it is, -0 too.
+template <int COUNT>
+FUNCTION void begin(float (&sum)[COUNT][EIGHT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+        for (int j = 0; j < EIGHT; ++j) sum[i][j] = -0.f;
+}
+
 // The masters after a step whose draws add up to `sum`, which then begins anew.
 FUNCTION void take_step(
     const Tile& tile, u32 name_word, float decay, const Keys& step,
@@ -375,10 +385,11 @@ FUNCTION void take_step(
     for (int held = 0; held < HELD; ++held) {
 #pragma unroll
         for (int j = 0; j < EIGHT; ++j) {
-            value[held][j] = value[held][j] * decay + sum[held][j];
-            sum[held][j] = 0.f;
+            float kept = DECAYS ? value[held][j] * decay : value[held][j];
+            value[held][j] = kept + sum[held][j];
         }
     }
+    begin(sum);
     if constexpr (STORED == BFLOAT16) {
         u64 block[HELD];
         tile.blocks(block);
@@ -428,8 +439,9 @@ KERNEL update(
         int number = tile_number(slice, round);
         if (number >= slice->num_tiles) return;
         Tile tile = tile_of(slice, number);
-        float value[HELD][EIGHT], sum[HELD][EIGHT] = {};
+        float value[HELD][EIGHT], sum[HELD][EIGHT];
         load_masters(tile, value);
+        begin(sum);
         for (int i = 0; i < num_draws; ++i) {
             if (i % GROUP == 0) {
                 int left = num_draws - i;
@@ -474,8 +486,9 @@ KERNEL update_once(
         int number = tile_number(slice, round);
         if (number >= slice->num_tiles) return;
         Tile tile = tile_of(slice, number);
-        float value[HELD][EIGHT], sum[HELD][EIGHT] = {};
+        float value[HELD][EIGHT], sum[HELD][EIGHT];
         load_masters(tile, value);
+        begin(sum);
         noise.prepare(tile, name_word, once.draw);
         noise.add(tile, name_word, once.draw, once.coefficient, 0, sum);
         take_step(tile, name_word, once.decay, once.step, value, sum);
@@ -496,7 +509,6 @@ KERNEL low_rank_update(
     const int* __restrict__ owners,
     const Draw* __restrict__ draws,
     int num_draws,
-    float scale,
     const Once once
 ) {
     const Slice* slice = slices + owners[this_program()];
@@ -510,24 +522,30 @@ KERNEL low_rank_update(
         i64 first_row = i64(row_of_tiles % tiles_down) * ROWS_A_TILE;
         int band = row_of_tiles / tiles_down, place = number % width;
         i64 across = (i64(band) * width + place) * (32 * EIGHT);
+        u64 first_index = u64(slice->start + first_row * slice->row_stride);
+        void* masters = row_of(slice->master, STORED, first_row * columns);
+        void* lives = row_of(slice->live, SERVED, first_row * slice->live_stride);
         for (int part = this_lane(); part < 32; part += LANES) {
             // Of an unaligned row, what shares a block of rounding bits begins elsewhere.
             Eight eight[ROWS_A_TILE];
             u64 block[ROWS_A_TILE];
-            float value[ROWS_A_TILE][EIGHT], sum[ROWS_A_TILE][EIGHT] = {};
+            float value[ROWS_A_TILE][EIGHT], sum[ROWS_A_TILE][EIGHT];
 #pragma unroll
             for (int r = 0; r < ROWS_A_TILE; ++r) {
-                u64 row_index = u64(slice->start + (first_row + r) * slice->row_stride);
+                u64 row_index = first_index + u64(r * slice->row_stride);
                 i64 skipped = ALIGNED ? 0 : i64(row_index % EIGHT);
                 i64 column = across + part * EIGHT - skipped;
                 eight[r] = {column, first_row + r < rows ? columns : 0};
-                block[r] = (row_index + u64(column)) / EIGHT;
-                void* row = row_of(slice->master, STORED, (first_row + r) * columns);
-                load<STORED>(row, eight[r], value[r]);
+                block[r] = ALIGNED ? first_index / EIGHT + u64(r * (slice->row_stride / EIGHT))
+                        + u64(column / EIGHT)
+                                   : (row_index + u64(column)) / EIGHT;
+                load<STORED>(row_of(masters, STORED, r * columns), eight[r], value[r]);
             }
+            begin(sum);
             for (int i = 0; i < (ONE_DRAW ? 1 : num_draws); ++i) {
                 const u8* left = in_global_memory(slice->left) + (i64(i) * rows + first_row) * RANK;
                 const u8* right = in_global_memory(slice->right) + i64(i) * RANK * columns;
+                float coefficient = ONE_DRAW ? once.coefficient : draws[i].coefficient;
                 u32 u[ROWS_A_TILE][WORDS], v[WORDS][EIGHT];
 #pragma unroll
                 for (int r = 0; r < ROWS_A_TILE; ++r)
@@ -542,24 +560,26 @@ KERNEL low_rank_update(
                         int whole = WHOLE_BITS;
 #pragma unroll
                         for (int w = 0; w < WORDS; ++w) whole = dot(u[r][w], v[w][j], whole);
-                        float z = (as_float(u32(whole)) - as_float(WHOLE_BITS)) * scale;
-                        sum[r][j] = sum[r][j] + draws[i].coefficient * z;
+                        float products = as_float(u32(whole)) - as_float(WHOLE_BITS);
+                        sum[r][j] = sum[r][j] + coefficient * products;
                     }
                 }
             }
 #pragma unroll
-            for (int r = 0; r < ROWS_A_TILE; ++r)
+            for (int r = 0; r < ROWS_A_TILE; ++r) {
 #pragma unroll
-                for (int j = 0; j < EIGHT; ++j)
-                    value[r][j] = value[r][j] * once.decay + sum[r][j];
+                for (int j = 0; j < EIGHT; ++j) {
+                    float kept = DECAYS ? value[r][j] * once.decay : value[r][j];
+                    value[r][j] = kept + sum[r][j];
+                }
+            }
             if constexpr (STORED == BFLOAT16)
                 round_stochastically(value, block, u32(slice->name_word), once.step);
 #pragma unroll
             for (int r = 0; r < ROWS_A_TILE; ++r) {
-                void* row = row_of(slice->master, STORED, (first_row + r) * columns);
-                store<STORED, false>(row, eight[r], value[r]);
-                row = row_of(slice->live, SERVED, (first_row + r) * slice->live_stride);
-                store<SERVED, true>(row, eight[r], value[r]);
+                store<STORED, false>(row_of(masters, STORED, r * columns), eight[r], value[r]);
+                void* live = row_of(lives, SERVED, r * slice->live_stride);
+                store<SERVED, true>(live, eight[r], value[r]);
             }
         }
     }

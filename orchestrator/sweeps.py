@@ -64,16 +64,17 @@ class Table(Protocol):
         """Take steps, one after the other, and write the live weights, perturbed if asked.
 
         A step sets master = master * decay + sum_i coefficients[i] * z(seeds[i]). The sum is
-        float32, in the order of the seeds; no seeds at all are legal. A bfloat16 master is rounded
-        stochastically, with the bits of the step. The last of the masters is stored; live is
-        round(master), or what `perturb` with `then` would write. Raises ValueError for unequal
-        numbers of seeds and coefficients, or a slice without a master.
+        float32, from -0 on and in the order of the seeds; no seeds at all are legal. A bfloat16
+        master is rounded stochastically, with the bits of the step. The last of the masters is
+        stored; live is round(master), or what `perturb` with `then` would write. Raises ValueError
+        for unequal numbers of seeds and coefficients, or a slice without a master.
         """
 
     def low_rank_update(self, factors: Sequence[Factors], update: StepUpdate) -> None:
-        """Take a step with z = noise.low_rank of each slice's factors, and write live.
+        """Take a step along noise.low_rank of each slice's factors, and write live.
 
-        All else is as in `update`. Raises ValueError for factors that do not fit.
+        Its coefficients are noise.low_rank_coefficient's. All else is as in `update`. Raises
+        ValueError for factors that do not fit.
         """
 
     def digests(self, *, live: bool = False) -> list[int]:

@@ -21,12 +21,13 @@ from cuda.bindings import driver
 from cuda.core import Device, Program, ProgramOptions
 
 from orchestrator.noise import (
+    FACTOR_UNITS,
     GAUSSIAN_BLOCK,
     PHILOX_KEY_STEPS,
     PHILOX_ROUNDS,
     RADEMACHER_BLOCK,
     NoiseKind,
-    low_rank_scale,
+    low_rank_coefficient,
     magnitudes,
     split_words,
     tensor_word,
@@ -232,7 +233,8 @@ class Table:
         looked_up = _magnitudes(kind, self._device).data_ptr()
         if len(draws) == len(stored) == 1:
             once, tiling = Once(updates[0], draws[0], then), UPDATE_ONCE[kind, stored.pop()]
-            for launched in self._cut(tiling, GAUSSIAN=int(kind != "rademacher")):
+            macros = {"GAUSSIAN": int(kind != "rademacher")}
+            for launched in self._cut(tiling, DECAYS=int(once.decay != 1), **macros):
                 launched.run("update_once", once, looked_up)
             return
         thens = [] if then is None else [then]
@@ -249,14 +251,18 @@ class Table:
         ranks = {pair.left.shape[2] for pair in factors}
         if len(ranks) > 1:
             raise ValueError(f"factors of several ranks: {sorted(ranks)}")
-        draws = [Draw(*pair) for pair in zip(update.seeds, update.coefficients, strict=True)]
-        numbers, once = self._numbers(draws, []), Once(update, Draw(0, 0.0), None)
         for rank in ranks:
-            scale = ctypes.c_float(float(low_rank_scale(rank)))
-            count = ctypes.c_int32(len(draws))
-            for launched in self._cut(LOW_RANK, RANK=rank, ONE_DRAW=int(len(draws) == 1)):
+            units = FACTOR_UNITS**2  # of products, as the kernel has them
+            draws = [
+                Draw(seed, float(low_rank_coefficient(value, rank)) / units)
+                for seed, value in zip(update.seeds, update.coefficients, strict=True)
+            ]
+            numbers, count = self._numbers(draws, []), ctypes.c_int32(len(draws))
+            once = Once(update, draws[0] if draws else Draw(0, 0.0), None)
+            macros = {"RANK": rank, "ONE_DRAW": int(len(draws) == 1)}
+            for launched in self._cut(LOW_RANK, DECAYS=int(update.decay != 1), **macros):
                 self._point_at(launched, factors)
-                launched.run("low_rank_update", numbers.data_ptr(), count, scale, once)
+                launched.run("low_rank_update", numbers.data_ptr(), count, once)
 
     def digests(self, *, live: bool = False) -> list[int]:
         if not live:
@@ -384,6 +390,7 @@ def _macros(tiling: Tiling, variant: Variant, others: dict[str, int]) -> Macros:
         "RANK": 1,
         "TILES_ACROSS": tiling.across,
         "ONE_DRAW": 0,
+        "DECAYS": 1,
         "DIGEST_LIVE": 0,
     }
     return tuple((name, str(value)) for name, value in (values | others).items())

@@ -28,7 +28,7 @@ from orchestrator.noise import (
     NoiseKind,
     Stream,
     TensorRegion,
-    low_rank_scale,
+    low_rank_coefficient,
     magnitudes,
     split_words,
     tensor_word,
@@ -173,8 +173,7 @@ def _update_slice_by_factors(
             _frame(target, part.region),
             factors.left.float().numpy(),  # whole numbers, as are their sums: exact in any order
             factors.right.float().numpy(),
-            low_rank_scale(factors.left.shape[2]),
-            np.array(update.coefficients, np.float32),
+            _low_rank_coefficients(update, factors.left.shape[2]),
             np.float32(update.decay),
             np.uint32(tensor_word(part.region.name)),
             _keys([update.step])[0],
@@ -212,6 +211,13 @@ def _frame(values: torch.Tensor, region: TensorRegion) -> Frame:
 def _source(kind: NoiseKind, region: TensorRegion) -> Source:
     magnitude_bits = magnitudes(kind).view(np.uint32)
     return Source(kind != "rademacher", np.uint32(tensor_word(region.name)), magnitude_bits)
+
+
+def _low_rank_coefficients(update: StepUpdate, rank: int) -> NDArray[np.float32]:
+    """Of products of factors in their units: powers of two apart from noise's, so as exact."""
+    units = np.float32(FACTOR_UNITS**2)
+    folded = [low_rank_coefficient(value, rank) / units for value in update.coefficients]
+    return np.array(folded, np.float32)
 
 
 def _keys(seeds: Sequence[int]) -> NDArray[np.uint32]:
@@ -260,7 +266,7 @@ def _update(
         for tile in range(tiles * part // frame.ranges, tiles * (part + 1) // frame.ranges):
             row, column, count = _tile(frame, tile)
             index = _global_index(frame, row, column)
-            _clear(total)
+            _begin(total)
             for i in range(len(keys)):
                 z = _draw(noise, words, source, keys[i], index, count)
                 _accumulate(total[:count], z, coefficients[i])
@@ -279,7 +285,6 @@ def _low_rank_update(
     frame: Frame,
     left: NDArray[np.float32],
     right: NDArray[np.float32],
-    scale: np.float32,
     coefficients: NDArray[np.float32],
     decay: np.float32,
     name_word: np.uint32,
@@ -294,11 +299,11 @@ def _low_rank_update(
             first_row, rows, column, count = _block(frame, block)
             z = noise[:count]
             for i in range(rows):
-                _clear(totals[i])
+                _begin(totals[i])
             for seed in range(len(coefficients)):
                 for i in range(rows):
                     _multiply(z, left[seed, first_row + i], right[seed], column)
-                    _accumulate_scaled(totals[i], z, scale, coefficients[seed])
+                    _accumulate(totals[i], z, coefficients[seed])
             for i in range(rows):
                 row = first_row + i
                 there = row * frame.columns + column
@@ -482,6 +487,13 @@ def _perturb_tile(
 
 
 @compiled
+def _begin(total: NDArray[np.float32]) -> None:
+    """A sum's beginning, to which any number adds itself, -0 too."""
+    for i in range(len(total)):
+        total[i] = np.float32(-0.0)
+
+
+@compiled
 def _clear(total: NDArray[np.float32]) -> None:
     for i in range(len(total)):
         total[i] = np.float32(0)
@@ -532,14 +544,6 @@ def _add_four_products(
         value = value + left_1 * right_1[i]
         value = value + left_2 * right_2[i]
         z[i] = value + left_3 * right_3[i]
-
-
-@compiled
-def _accumulate_scaled(
-    total: NDArray[np.float32], z: NDArray[np.float32], scale: np.float32, coefficient: np.float32
-) -> None:
-    for i in range(len(z)):
-        total[i] = total[i] + coefficient * (z[i] * scale)
 
 
 @compiled

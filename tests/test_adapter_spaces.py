@@ -156,7 +156,7 @@ def test_all_probes_in_one_forward_equal_peft(
 
 def low_rank_z(seed: int, name: str, shape: tuple[int, int], rank: int) -> torch.Tensor:
     left, right = low_rank_factors(seed, name, shape, rank)
-    return torch.from_numpy(noise.low_rank(left, right))
+    return torch.from_numpy(noise.low_rank(left, right)) / math.sqrt(rank)
 
 
 def low_rank_factors(
@@ -214,11 +214,12 @@ def test_low_rank_updates_are_the_explicit_sum(make: Make, model_folders: dict[s
     for tensor in space.tensors:
         name = tensor.region.name
         initial = checkpoint.read(name).numpy()
-        total = np.zeros_like(initial)
+        total = np.full_like(initial, -0.0)
         for seed, coefficient in ((5, 0.5), (6, -0.25)):
             shape = (initial.shape[0], initial.shape[1])
             left, right = low_rank_factors(seed, name, shape, 3)
-            total = total + np.float32(coefficient) * noise.low_rank(left, right)
+            weight = noise.low_rank_coefficient(coefficient, 3)
+            total = total + weight * noise.low_rank(left, right)
         expected = initial * np.float32(0.875) + total
         assert np.array_equal(tensor.master.cpu().numpy().reshape(expected.shape), expected)
         assert torch.equal(tensor.live, tensor.master)

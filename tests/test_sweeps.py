@@ -136,7 +136,7 @@ def _added(
     decay: float,
     step: int,
 ) -> torch.Tensor:
-    total = np.zeros((shape.rows, shape.columns), np.float32)
+    total = np.full((shape.rows, shape.columns), -0.0, np.float32)
     for coefficient, z in zip(coefficients, noises, strict=True):
         total = total + np.float32(coefficient) * z
     values = master.float().numpy() * np.float32(decay) + total
@@ -186,14 +186,15 @@ def check_update(
     stored: torch.dtype,
     served: torch.dtype,
     count: int,
+    decay: float = 0.999,
 ) -> None:
     master = _values(shape, stored)
-    expected_master = _updated(master, shape, kind, count, decay=0.999, step=2**33 + 5)
+    expected_master = _updated(master, shape, kind, count, decay=decay, step=2**33 + 5)
     buffer = _poisoned_buffer(shape, served)
     expected = buffer.clone()
     _view(expected, shape).copy_(expected_master)
     table = sweeps.Table([Slice(shape.region, master, _view(buffer, shape))])
-    table.update(kind, [_step(*_seeds(count), step=2**33 + 5)])
+    table.update(kind, [_step(*_seeds(count), step=2**33 + 5, decay=decay)])
     what = f"{shape} {kind} {stored} {served} n={count}"
     _assert_same_bits(master, expected_master, f"master of {what}")
     _assert_same_bits(buffer, expected, f"live of {what}")
@@ -217,17 +218,18 @@ def check_low_rank_update(
     served: torch.dtype,
     count: int,
     rank: int,
+    decay: float = 0.999,
 ) -> None:
     master = _values(shape, stored)
     left, right = _factors(shape, count, rank)
     noises = [noise.low_rank(left[i].numpy(), right[i].numpy()) for i in range(count)]
-    coefficients = _seeds(count)[1]
-    expected_master = _added(master, shape, noises, coefficients, decay=0.999, step=2**33 + 5)
+    weights = [float(noise.low_rank_coefficient(value, rank)) for value in _seeds(count)[1]]
+    expected_master = _added(master, shape, noises, weights, decay=decay, step=2**33 + 5)
     buffer = _poisoned_buffer(shape, served)
     expected = buffer.clone()
     _view(expected, shape).copy_(expected_master)
     table = sweeps.Table([Slice(shape.region, master, _view(buffer, shape))])
-    update = _step(*_seeds(count), step=2**33 + 5)
+    update = _step(*_seeds(count), step=2**33 + 5, decay=decay)
     table.low_rank_update([Factors(left, right)], update)
     what = f"{shape} {stored} {served} n={count} rank={rank}"
     _assert_same_bits(master, expected_master, f"master of {what}")
@@ -549,6 +551,10 @@ def test_cuda_kernels_are_the_specification(tmp_path: Path) -> None:
             check_fused_updates(cuda, shape, kind)
         check_shards(cuda, kind)
         check_many_slices(cuda, kind)
+    for stored in MASTERS:  # without a decay there is no product by 1
+        check_update(cuda, ragged, "gaussian", stored, torch.bfloat16, 1, decay=1.0)
+        for count in (1, 3):
+            check_low_rank_update(cuda, TALL_SLICE, stored, torch.bfloat16, count, 8, decay=1.0)
     check_master_that_is_live(cuda)
     check_low_rank_shards(cuda)
     check_empty_slices(cuda)

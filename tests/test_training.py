@@ -299,8 +299,15 @@ def replayed(
     """The steps of a whole tensor, [rows, columns] or [1, n], in numpy's float32."""
     rank, kind = config.space.rank, config.estimator.noise
 
+    is_factored = config.space.kind == "low_rank" and "_proj." in name
+
+    def weight(coefficient: float) -> np.float32:
+        if is_factored:
+            return noise.low_rank_coefficient(coefficient, rank)
+        return np.float32(coefficient)
+
     def z(seed: int) -> NDArray[np.float32]:
-        if config.space.kind != "low_rank" or "_proj." not in name:
+        if not is_factored:
             return noise.draw(kind, seed, name, 0, start.size).reshape(start.shape)
         rows, columns = start.shape
         left = noise.factor(kind, seed, f"{name}.u", 0, rows * rank).reshape(rows, rank)
@@ -314,9 +321,9 @@ def replayed(
             value = value * decay
         elif decay != 1:
             value = (value - start) * decay + start
-        total = np.zeros_like(start)
+        total = np.full_like(start, -0.0)
         for seed, coefficient in zip(update.seeds, update.coefficients, strict=True):
-            total = total + np.float32(coefficient) * z(seed)
+            total = total + weight(coefficient) * z(seed)
         value = value + total
     return value
 
