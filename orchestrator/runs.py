@@ -247,6 +247,11 @@ def evaluate(
             f"--calibrated: task.metric is {task.metric}: options are calibrated, and generated "
             "answers have none; leave it out"
         )
+    if calibrated and run.config.space.activation == "suffix":
+        raise ConfigError(
+            "--calibrated: options without the row have no place from which the adapter acts "
+            "(space.activation is suffix); leave it out"
+        )
     if at is not None and not trained:
         raise ConfigError(f"--at: {at}: a recipe has no steps yet; name a run folder")
     num_steps = _num_steps(run, at) if trained else 0

@@ -177,7 +177,7 @@ def test_prompts_keep_room_for_what_is_generated(kind: str, tmp_path: Path) -> N
     found = data(tmp_path / "rows.jsonl", rows, metric="f1", loss="lm", **values)
     tokenizer = made(kind)
     long, short = by_pieces(found, tokenizer, 40).prompts("test", [0, 1], max_new_tokens=10)
-    assert short == tokenizer("it It was:")["input_ids"]
-    assert len(long) == 30
-    assert long[-5:] == tokenizer(rows[0]["q"] + "It was:")["input_ids"][-5:]
-    assert (long[0] == tokenizer.bos_token_id) == (kind in ("opt", "llama"))
+    assert short.tokens == tokenizer("it It was:")["input_ids"]
+    assert len(long.tokens) == 30
+    assert long.tokens[-5:] == tokenizer(rows[0]["q"] + "It was:")["input_ids"][-5:]
+    assert (long.tokens[0] == tokenizer.bos_token_id) == (kind in ("opt", "llama"))

@@ -17,6 +17,7 @@ LAYERS = [
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
     | {"prefix_slots", "score_attention", "encoder", "report", "inspection", "noise_floor"},
     {"score_graphs", "pools"},
+    {"contexts"},
     {"generation"},
     {"engine", "sglang_models", "export"},
     {"space", "cache_check"},
@@ -42,6 +43,7 @@ OWNERS = {
     "numba": {"sweeps_numba", "replica"},
     "torch": {
         "engine",
+        "contexts",
         "runner",
         "opt_native",
         "tensor_map",
