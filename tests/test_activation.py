@@ -1,21 +1,32 @@
 """Activated adapters: PEFT's scores, and a cache that is never wrong."""
 
+import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_tokenizers
 import torch
-from conftest import VOCABULARY
-from peft import LoraConfig, get_peft_model
+import yaml
+from conftest import DEVICE, VOCABULARY
+from peft import LoraConfig, PeftModel, get_peft_model
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from slots import MODULES, adapted_engine
-from transformers import AutoModelForCausalLM
+from test_training import ACTIVATED, MARKED, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator import tasks
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import Config, ConfigError, Task
+from orchestrator.encoder import Encoder
 from orchestrator.engine import Engine
 from orchestrator.pools import Pools
+from orchestrator.records import StepUpdate
+from orchestrator.replica import Replica
 from orchestrator.sampling import Sampling
+from orchestrator.spaces import SpacePlan
 
 CUE = [4, 3]
 """Tokens from which the adapters act; they are never drawn."""
@@ -197,3 +208,170 @@ def test_generation_equals_pefts(activated: tuple[Engine, list[Any]]) -> None:
 def test_a_span_right_behind_its_context_is_refused(activated: tuple[Engine, list[Any]]) -> None:
     with pytest.raises(ValueError, match="context of 3"):
         activated[0].score([[5, 6, 7, 8]], [(3, 4)], contexts=[3])
+
+
+@pytest.fixture
+def marked(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe whose adapter acts from `It was` on."""
+    values: dict[str, Any] = yaml.safe_load(yaml.safe_dump(recipe))
+    values["space"] = dict(ACTIVATED)
+    values["task"]["template"] = MARKED
+    return values
+
+
+@pytest.mark.slow
+def test_the_ledger_depends_on_neither_pool_nor_looks(
+    marked: dict[str, Any], tmp_path: Path
+) -> None:
+    """A pool that holds a step's contexts and no more computes them again and again, to the same
+    bits; looks at held-out rows, which push others out, change nothing either."""
+    marked["estimator"] |= {"num_seeds": 4, "batch_size": 3}
+    marked["run"]["steps"] = 12
+    marked["model"]["kv_tokens"] = 4096
+    whole = train(Config.model_validate(marked), tmp_path / "large.jsonl")
+    marked["model"]["kv_tokens"] = 96
+    assert train(Config.model_validate(marked), tmp_path / "small.jsonl") == whole
+    marked["run"]["eval_every"] = 2
+    assert train(Config.model_validate(marked), tmp_path / "looks.jsonl") == whole
+
+
+def test_looks_before_and_after_training_share_contexts(marked: dict[str, Any]) -> None:
+    marked["model"]["kv_tokens"] = 4096
+    replica = Replica(Config.model_validate(marked), DEVICE)
+    first = replica.score([], "test", range(10))
+    update = StepUpdate(0, seeds=(5,), coefficients=(0.1,), decay=1.0)
+    again = replica.score([update], "test", range(10))
+    assert first.num_reused == 0 < again.num_reused
+    suffixes = len(["It", "was"]) * 10
+    assert again.num_tokens == suffixes
+    assert [example.scores for example in first.examples] != [e.scores for e in again.examples]
+    replica.close()
+
+
+def test_an_exported_adapter_gives_the_same_scores_to_peft(
+    marked: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    replica = Replica(Config.model_validate(marked), DEVICE)
+    update = StepUpdate(0, seeds=(5, 6), coefficients=(0.1, -0.2), decay=1.0)
+    chunk = replica.score([update], "test", range(12))
+    replica.export([update], tmp_path / "adapter")
+    replica.close()
+    folder = model_folders["llama"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    cue = tokenizer("It was").input_ids
+    stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert stored["alora_invocation_tokens"] == cue
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    data = tasks.load(Config.model_validate(marked).task)
+    for example, found in zip(data.test, chunk.examples, strict=False):
+        with torch.no_grad():
+            for text, score in zip(example.texts, found.scores, strict=True):
+                ids = tokenizer(text).input_ids
+                logprobs = model(input_ids=torch.tensor([ids])).logits[0, -2].log_softmax(-1)
+                assert float(logprobs[ids[-1]]) == pytest.approx(score, abs=1e-4)
+    # and it is where another run may start, if that acts from the same place
+    marked["space"]["init"] = str(tmp_path / "adapter")
+    config = Config.model_validate(marked)
+    SpacePlan(config, Checkpoint(folder), tuple(cue))
+    for invocation in ((), (3,)):
+        with pytest.raises(ConfigError, match=r"^space\.init: .*acts from the tokens"):
+            SpacePlan(config, Checkpoint(folder), invocation)
+
+
+@pytest.mark.parametrize("kind", ["dense", "low_rank", "prefix"])
+def test_other_spaces_are_not_activated(kind: str, marked: dict[str, Any]) -> None:
+    marked["space"] = {"kind": kind, "activation": "suffix"}
+    with pytest.raises(ValueError, match=f"activation: is of no use to space.kind={kind}"):
+        Config.model_validate(marked)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{text} was it {option}", "has no {\\*}"),
+        ("{text} {*}was {*}it {option}", "more than once"),
+        ("{text} was it {option}{*} so", "must stand before"),
+        ("{text} {*}{option}", "the same in every row"),
+        ("{text}{*} {option}", "the same in every row"),
+        ("{*}was {text} it {option}", "stands at the beginning"),
+    ],
+)
+def test_a_mark_has_its_place(template: str, message: str, marked: dict[str, Any]) -> None:
+    marked["task"]["template"] = template
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate(marked)
+
+
+Encode = Callable[..., Encoder]
+
+
+@pytest.fixture
+def encode(tmp_path: Path) -> Encode:
+    """An encoder of rows whose adapter is activated, by one of the small tokenizers."""
+
+    def made(kind: str, template: str, texts: list[str], **choices: Any) -> Encoder:
+        path = tmp_path / "rows.jsonl"
+        with path.open("w") as file:
+            for text in texts:
+                file.write(json.dumps({"text": text, "label": 0}) + "\n")
+        task = Task.model_validate(
+            {
+                "template": template,
+                "options": ["great", "not so great"],
+                "train": {"path": str(path)},
+                "test": {"path": str(path)},
+            }
+        )
+        corpus = [*texts, "Question: was it great? What? Answer: not so great.\n"] * 5
+        tokenizer = small_tokenizers.KINDS[kind](corpus)
+        choices = {"max_length": 200, **choices}
+        return Encoder(
+            tasks.load(task),
+            small_tokenizers.tokenize(tokenizer),
+            bos=tokenizer.bos_token_id,
+            is_activated=True,
+            **choices,
+        )
+
+    return made
+
+
+PASSAGES = ["a film that was great.", "It was so dull, so long", "so what was it? Answer: great"]
+QUESTION = "{text}\n{*}Question: was it great? Answer: {option}"
+
+
+@pytest.mark.parametrize("kind", small_tokenizers.KINDS)
+def test_the_mark_is_a_border_of_tokens(kind: str, encode: Encode) -> None:
+    encoder = encode(kind, QUESTION, PASSAGES)
+    cue = encoder.invocation
+    assert cue
+    for encoding in encoder.encode("train", range(len(PASSAGES))):
+        assert len({tokens[: encoding.context] for tokens in encoding.sequences}) == 1
+        for tokens in encoding.sequences:
+            starts = [i for i in range(len(tokens)) if tokens[i : i + len(cue)] == cue]
+            assert starts[-1] == encoding.context
+    (short,) = encode(kind, QUESTION, PASSAGES, max_length=13).encode("train", [0])
+    assert max(map(len, short.sequences)) == 13
+    assert short.sequences[0][short.context :][: len(cue)] == cue
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "texts", "choices", "message"),
+    [
+        # Qwen's pattern takes a line break to the mark before it
+        ("qwen", "{text}{*}\nAnswer: {option}", PASSAGES, {}, "merges what stands on both sides"),
+        ("gpt2", "{text}{*}at? {option}", ["so gre", "a gre"], {}, "merges what stands on both"),
+        ("gpt2", "{text}\n{*}w{text} {option}", ["as", "hat"], {}, "no token of the text behind"),
+        ("gpt2", "{text}\n{*}was {text} {option}", ["it\nwas"], {}, "stands again further on"),
+        ("gpt2", QUESTION, PASSAGES, {"max_length": 11}, "task.max_length"),
+        ("gpt2", "{text} {*}so {option}", ["", "a film"], {}, "nothing stands before"),
+    ],
+)
+def test_rows_that_peft_would_read_otherwise_are_refused(
+    kind: str, template: str, texts: list[str], choices: Any, message: str, encode: Encode
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        encode(kind, template, texts, **choices)
+    assert "\n" not in str(caught.value)
+    assert "rows.jsonl" in str(caught.value)
