@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import small_tokenizers
 import torch
 import yaml
-from conftest import DEVICE, VOCABULARY
+from conftest import DEVICE, VOCABULARY, WORDS
 from peft import LoraConfig, PeftModel, get_peft_model
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from slots import MODULES, adapted_engine
@@ -18,14 +19,19 @@ from test_training import ACTIVATED, MARKED, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator import tasks
+from orchestrator.batches import Batches
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import Config, ConfigError, Task
+from orchestrator.driver import Driver
 from orchestrator.encoder import Encoder
 from orchestrator.engine import Engine
+from orchestrator.local import LocalFleet
+from orchestrator.metrics import Evaluation, StepMetrics
 from orchestrator.pools import Pools
 from orchestrator.records import StepUpdate
 from orchestrator.replica import Replica
 from orchestrator.sampling import Sampling
+from orchestrator.seed_sync import Header, Ledger
 from orchestrator.spaces import SpacePlan
 
 CUE = [4, 3]
@@ -241,11 +247,74 @@ def test_looks_before_and_after_training_share_contexts(marked: dict[str, Any]) 
     first = replica.score([], "test", range(10))
     update = StepUpdate(0, seeds=(5,), coefficients=(0.1,), decay=1.0)
     again = replica.score([update], "test", range(10))
-    assert first.num_reused == 0 < again.num_reused
     suffixes = len(["It", "was"]) * 10
-    assert again.num_tokens == suffixes
+    assert again.num_tokens == suffixes < first.num_tokens
     assert [example.scores for example in first.examples] != [e.scores for e in again.examples]
     replica.close()
+
+
+class Counter:
+    """Adds up what steps tell of their tokens."""
+
+    def __init__(self) -> None:
+        self.asked = self.computed = 0
+
+    def step(self, step: StepMetrics) -> None:
+        self.asked += step.kv.asked
+        self.computed += step.kv.computed
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        pass
+
+
+def write_passages(path: Path, num_passages: int) -> Path:
+    """Passages of 200 to 400 words, each with 5 questions of up to 40 and 2 to 10 options."""
+    draw = random.Random(0)
+    others = [word for word in WORDS if word != "what"]
+
+    def salad(low: int, high: int) -> str:
+        return " ".join(draw.choices(others, k=draw.randint(low, high)))
+
+    with path.open("w") as file:
+        for _ in range(num_passages):
+            passage = salad(200, 400)
+            for _ in range(5):
+                options = list({salad(1, 8): None for _ in range(draw.randint(2, 10))})
+                row = {"passage": passage, "question": salad(5, 37), "options": options}
+                file.write(json.dumps({**row, "label": 0}) + "\n")
+    return path
+
+
+@pytest.mark.slow
+def test_most_tokens_of_real_shapes_are_reused(
+    marked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of 50 steps. The words' number is the tokens' here."""
+    monkeypatch.setitem(conftest.GATED, "max_position_embeddings", 512)
+    marked["model"] |= {
+        "path": str(conftest.make_model(tmp_path / "model", "llama")),
+        "kv_tokens": 16384,
+    }
+    marked["task"] = {
+        "template": "{passage} {*}what was {question} It {option}",
+        "options": ["{options}"],
+        "train": {"path": str(write_passages(tmp_path / "rows.jsonl", 41))},
+        "holdout": 5,
+        "group_by": "passage",
+    }
+    marked["estimator"] |= {"num_seeds": 1, "batch_size": 8}
+    marked["space"]["slots"] = 2
+    marked["run"]["steps"] = 50
+    config = Config.model_validate(marked)
+    fleet, counter = LocalFleet(config, DEVICE), Counter()
+    info = fleet.start()
+    header = Header(1, 1, config.model.path, info.weights_hash, config.identity(), "", ())
+    data = tasks.load(config.task)
+    batches = Batches(config, len(data.train), data.groups)
+    with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
+        Driver(config, fleet, ledger, [counter], batches=batches, num_test=5).train()
+    fleet.close()
+    assert 1 - counter.computed / counter.asked > 0.95
 
 
 def test_an_exported_adapter_gives_the_same_scores_to_peft(
