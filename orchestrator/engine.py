@@ -219,6 +219,11 @@ class Engine:
         """Size of the KV pool, in tokens, without the entries of prefix slots."""
         return self._pools.kv_tokens
 
+    @property
+    def num_evicted(self) -> int:
+        """Tokens whose kept KV entries have had to make room, so far."""
+        return self._pools.cache.num_evicted
+
     def free_slots(self) -> tuple[int, int]:
         """KV slots (tokens) and request slots that are free or held by evictable entries."""
         return self._pools.free()

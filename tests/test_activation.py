@@ -237,7 +237,7 @@ def test_the_ledger_depends_on_neither_pool_nor_looks(
     whole = train(Config.model_validate(marked), tmp_path / "large.jsonl")
     marked["model"]["kv_tokens"] = 96
     assert train(Config.model_validate(marked), tmp_path / "small.jsonl") == whole
-    marked["run"]["eval_every"] = 2
+    marked["run"] |= {"eval_every": 2, "verify_cache": 5}
     assert train(Config.model_validate(marked), tmp_path / "looks.jsonl") == whole
 
 
