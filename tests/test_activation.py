@@ -317,6 +317,21 @@ def test_most_tokens_of_real_shapes_are_reused(
     assert 1 - counter.computed / counter.asked > 0.95
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("dense", True), ("low_rank", True), ("lora", False), ("prefix", False)]
+)
+def test_updates_of_the_weights_change_what_entries_are_kept_under(
+    kind: str, changes: bool, recipe: dict[str, Any]
+) -> None:
+    replica = Replica(Config.model_validate({**recipe, "space": {"kind": kind}}), DEVICE)
+    before = replica._base
+    replica.evaluate([StepUpdate(0, seeds=(5,), coefficients=(0.1,), decay=1.0)], [])
+    assert (replica._base != before) == changes
+    assert replica.info.weights_hash in before
+    replica.close()
+
+
 def test_an_exported_adapter_gives_the_same_scores_to_peft(
     marked: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
