@@ -29,6 +29,7 @@ from orchestrator.records import (
     UpdateLog,
     example_chunks,
     probe_groups,
+    taken_next,
 )
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ class _Seat:
 
 
 class ActorFleet:
-    """Replicas as actors; work goes to whichever is free, and back into the queue if one dies."""
+    """Replicas as actors; work goes to whichever is free, its own share first, and back into the
+    queue if one dies."""
 
     def __init__(self, config: Config, log: Path, say: Callable[[str], None]) -> None:
         """`say` is told, in a sentence, what is being waited for."""
@@ -208,7 +210,8 @@ class ActorFleet:
             busy = {seat.name for _, seat in flying.values()}
             for seat in [seat for seat in self._seats if seat.name not in busy]:
                 if waiting:
-                    index = waiting.popleft()
+                    index = taken_next(waiting, self._seats.index(seat), len(self._seats))
+                    waiting.remove(index)
                     flying[assignments[index](seat)] = (index, seat)
             ready, _ = ray.wait(list(flying), num_returns=1)
             index, seat = flying.pop(ready[0])

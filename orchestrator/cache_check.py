@@ -27,17 +27,22 @@ def verify(
     spans: Sequence[tuple[int, int]],
     adapters: Sequence[str | None],
     found: Scores,
+    contexts: Sequence[int] | None = None,
 ) -> None:
     """Raise ReuseError unless `found` is what the engine computes without reuse, but for rounding.
 
+    What stands in `contexts` is computed without adapters, anew for each batch.
+
     The weights and adapters are those that `found` was computed under.
     """
-    whole = _means(_without_reuse(engine, sequences, spans, adapters))
+    contexts = contexts or [0] * len(sequences)
+    whole = _means(_without_reuse(engine, sequences, spans, adapters, contexts))
     size = len(sequences)
     chosen = sorted({number * size // NUM_ALONE for number in range(min(NUM_ALONE, size))})
     noises = []
     for index in chosen:
-        alone = _without_reuse(engine, [sequences[index]], [spans[index]], adapters)
+        row = [sequences[index]], [spans[index]], adapters, [contexts[index]]
+        alone = _without_reuse(engine, *row)
         noises += [mean - whole[index + n * size] for n, mean in enumerate(_means(alone))]
     if not all(map(math.isfinite, whole)):
         return  # so is the probe's loss, which is dropped
@@ -57,8 +62,9 @@ def _without_reuse(
     sequences: Sequence[Sequence[int]],
     spans: Sequence[tuple[int, int]],
     adapters: Sequence[str | None],
+    contexts: Sequence[int],
 ) -> Scores:
-    plan = engine.plan(sequences, spans, adapters, sharing=False)
+    plan = engine.plan(sequences, spans, adapters, contexts, sharing=False)
     return engine.read(plan, [engine.launch(plan)])[0]
 
 

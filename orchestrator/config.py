@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orchestrator.presets import PRESETS
-from orchestrator.templates import Template
+from orchestrator.templates import MARK, Template
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
 NonNegative = Annotated[int, Field(ge=0, strict=True)]
@@ -76,6 +76,9 @@ class Space(Section):
     """lora: the adapter's output is scaled by alpha / rank."""
     train: Literal["A+B", "B"] = "A+B"
     """lora: both factors, or B alone, with A as it was drawn: LoRA-FA, Zhang et al. 2023."""
+    activation: Literal["none", "suffix"] = "none"
+    """lora: none: the adapter acts on all tokens. suffix: from the template's {*} on, so that what
+    stands before it is the base model's, and computed once."""
     init: str | None = None
     """lora, prefix: a folder with a PEFT adapter to start from, instead of random first values."""
     tokens: Positive = 5
@@ -114,6 +117,7 @@ SPACE_KEYS = {
     "targets": ("lora",),
     "alpha": ("lora",),
     "train": ("lora",),
+    "activation": ("lora",),
     "init": ("lora", "prefix"),
     "tokens": ("prefix",),
     "refresh": ("low_rank",),
@@ -302,6 +306,11 @@ class Task(Section):
         """Whether rows of generated answers must hold right ones: a reward alone asks for none."""
         return {self.objective, self.metric} != {"reward"} or self.demonstrations > 0
 
+    @property
+    def has_mark(self) -> bool:
+        """Whether the template says from where an activated adapter acts."""
+        return Template.parse(self.template).mark is not None
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, values: Any) -> Any:
@@ -326,6 +335,10 @@ class Task(Section):
         for key, text in (("template", self.template), ("unconditional", self.unconditional)):
             if not _parsed(key, text).takes_option:
                 raise ValueError(f"{key}: {text!r} has no place for {{option}}")
+        unmarked = [("unconditional", self.unconditional)]
+        for key, text in [*unmarked, *[("options", option) for option in self.options]]:
+            if MARK in text:
+                raise ValueError(f"{key}: {text!r}: {MARK} belongs into task.template alone")
         self._check_options()
         if len(self.label_names) not in (0, len(self.options)):
             raise ValueError(
@@ -426,6 +439,11 @@ class Config(Section):
             raise ValueError(
                 f"model.quantization: {self.model.quantization}: space.kind={self.space.kind} "
                 "trains the base weights, which must not be quantised"
+            )
+        if self.space.activation == "suffix" and not self.task.has_mark:
+            raise ValueError(
+                f"task.template: {self.task.template!r} has no {MARK}, from which "
+                "space.activation=suffix has the adapter act"
             )
         if self.model.device == "cpu" and self.space.master == "host":
             raise ValueError("space.master: host: a CPU's memory is the host's; use float32")

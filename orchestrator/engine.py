@@ -5,7 +5,7 @@ token ids and log-probabilities; knows nothing of text, options, losses, perturb
 `dist_patch.apply()` must have run before this module is imported.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from orchestrator.adapter_kernels import SegmentBackend
 from orchestrator.adapters import AdapterPlan, AdapterSlots
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
+from orchestrator.contexts import Contexts
 from orchestrator.generation import Generation
 from orchestrator.pools import Pools
 from orchestrator.prefix_slots import PrefixPlan, PrefixSlots, has_plain_entries
@@ -192,6 +193,7 @@ class Engine:
         self._head = ScoringHead(self.model.logits_processor)
         self.model.logits_processor = self._head
         self._pools = Pools(runner, self.prefixes, margin)
+        self._contexts = Contexts(self._pools, self._runner.forward)
         self._graphs = self._make_graphs() if score_graphs and not on_cpu else None
         self._can_share = (
             share_contexts
@@ -231,6 +233,11 @@ class Engine:
         """Size of the KV pool, in tokens, without the entries of prefix slots."""
         return self._pools.kv_tokens
 
+    @property
+    def num_evicted(self) -> int:
+        """Tokens whose kept KV entries have had to make room, so far."""
+        return self._pools.cache.num_evicted
+
     def free_slots(self) -> tuple[int, int]:
         """KV slots (tokens) and request slots that are free or held by evictable entries."""
         return self._pools.free()
@@ -247,6 +254,8 @@ class Engine:
         spans: Sequence[tuple[int, int]],
         namespace: str | None = None,
         adapters: Sequence[str | None] = (None,),
+        contexts: Sequence[int] | None = None,
+        base: str | None = None,
     ) -> Scores:
         """Log-probability of tokens start..end of each sequence, given what stands before them.
 
@@ -258,38 +267,50 @@ class Engine:
         The last token of a span is only a target, never an input: sequences that differ in no
         other token go through the model once. With a `namespace`, KV entries are looked up and
         kept under that name; it must stand for one state of the weights. Without one, and under
-        prefix slots, nothing is looked up and nothing stays. Raises ValueError for a span that does
-        not fit its sequence, ConfigError for a sequence that, times the adapters, is longer than
-        the KV pool.
+        prefix slots, nothing is looked up and nothing stays.
+
+        `contexts` are how many tokens of each sequence are computed without any adapter, as in
+        activated LoRA (Greenewald et al. 2025). Their KV entries serve all adapters, and are
+        looked up and kept if `base` names the state of the weights beside the adapters; what
+        follows them is never kept.
+
+        Raises ValueError for a span that does not fit its sequence, or begins right behind its
+        context; ConfigError for a sequence that, times the adapters, is longer than the KV pool.
         """
-        plan = self.plan(sequences, spans, adapters)
-        return self.read(plan, [self.launch(plan, namespace)])[0]
+        plan = self.plan(sequences, spans, adapters, contexts)
+        return self.read(plan, [self.launch(plan, namespace, base)])[0]
 
     def plan(
         self,
         sequences: Sequence[Sequence[int]],
         spans: Sequence[tuple[int, int]],
         adapters: Sequence[str | None] = (None,),
+        contexts: Sequence[int] | None = None,
         *,
         sharing: bool = True,
     ) -> ScorePlan:
         """Lay out a call of `score`, to be launched any number of times. Raises what that does.
 
-        Without `sharing`, or where the engine cannot share, every prompt is computed whole.
+        Without `sharing`, or where the engine cannot share, every prompt is computed whole, but
+        for its context.
         """
-        plan = ScorePlan(sequences, spans, adapters, sharing=sharing and self._can_share)
+        plan = ScorePlan(sequences, spans, adapters, contexts, sharing=sharing and self._can_share)
         plan.split(list(self._split(plan.prompts, len(adapters))))
         return plan
 
     @torch.no_grad()
-    def launch(self, plan: ScorePlan, namespace: str | None = None) -> Launched:
+    def launch(
+        self, plan: ScorePlan, namespace: str | None = None, base: str | None = None
+    ) -> Launched:
         """Start a plan's forwards under the weights of now, without waiting for the device."""
         self._runner.activate()
         logprobs, num_reused = [], 0
         for batch in plan.batches:
-            values = self._replayed(batch) if namespace is None else None
+            values = None
+            if namespace is None and not plan.has_contexts:
+                values = self._replayed(batch)
             if values is None:
-                values, reused = self._forward(batch.rows, namespace)
+                values, reused = self._forward(batch.rows, namespace, base)
                 num_reused += reused
             logprobs.append(values)
         return Launched(logprobs, num_reused)
@@ -306,23 +327,31 @@ class Engine:
 
     @torch.no_grad()
     def last_hidden(
-        self, sequences: Sequence[Sequence[int]], adapter: str | None = None
+        self,
+        sequences: Sequence[Sequence[int]],
+        adapter: str | None = None,
+        contexts: Sequence[int] | None = None,
+        base: str | None = None,
     ) -> torch.Tensor:
         """The final hidden state, behind the final norm, at each sequence's last token.
 
-        float32 [sequences, hidden size], on the CPU. Nothing is looked up or kept. Raises
-        ValueError for a sequence of no tokens, ConfigError for one that does not fit the KV pool.
+        float32 [sequences, hidden size], on the CPU. `contexts` and their `base` are as in `score`;
+        beside them nothing is looked up or kept. Raises ValueError for a sequence of no tokens, or
+        of none behind its context; ConfigError for one that does not fit the KV pool.
         """
         if not sequences or not all(sequences):
             raise ValueError("a sequence has no tokens, or there is none")
+        contexts = contexts or [0] * len(sequences)
+        _require_behind(sequences, contexts)
         self._runner.activate()
         prompts = [
-            Prompt(tuple(tokens), targets={(len(tokens) - 1, UNUSED): None}) for tokens in sequences
+            Prompt(tuple(tokens), context, targets={(len(tokens) - 1, UNUSED): None})
+            for tokens, context in zip(sequences, contexts, strict=True)
         ]
         shown = []
         for batch in self._split(prompts, num_copies=1):
             rows = [Row(adapter, prompts[index]) for index in batch]
-            shown.append(self._forward(rows, None, hidden=True)[0].cpu())
+            shown.append(self._forward(rows, None, base, hidden=True)[0].cpu())
         return torch.cat(shown)
 
     @torch.no_grad()
@@ -335,13 +364,16 @@ class Engine:
         seeds: Sequence[int] | None = None,
         decode: Decode | None = None,
         namespace: str | None = None,
+        contexts: Sequence[int] | None = None,
+        base: str | None = None,
     ) -> list[Continuation]:
         """Continue each prompt, under each of the `adapters`, by greedy or drawn tokens.
 
         The answer has the first adapter's continuations, then those of the second, and so on. A
         prompt may be asked several times, for several samples: it is computed once an adapter.
         `decode` gives text, and is needed for stop strings. With a `namespace`, KV entries are
-        looked up and kept under that name, as by `score`; without one nothing stays.
+        looked up and kept under that name, as by `score`; without one nothing stays. `contexts` of
+        prompts, and their `base`, are as in `score`.
 
         With a temperature, `seeds` has an integer in [0, 2**64) a prompt, the same under all
         adapters: both signs of a pair draw by the same numbers, and samples of one prompt need
@@ -364,33 +396,46 @@ class Engine:
                 raise ValueError("a temperature needs seeds")
             seeds = [0] * len(prompts)
         self._require_fit(max(map(len, prompts), default=0) + sampling.max_new_tokens)
+        contexts = contexts or [0] * len(prompts)
+        _require_behind(prompts, contexts)
         self._runner.activate()
-        generation = Generation(self._pools, self._runner.forward, sampling, decode, namespace)
-        return generation.run(prompts, adapters, seeds)
+        generation = Generation(
+            self._pools, self._runner.forward, sampling, decode, namespace, self._contexts, base
+        )
+        return generation.run(prompts, adapters, seeds, contexts)
 
     def _split(self, prompts: Sequence[Prompt], num_copies: int) -> Iterator[range]:
-        """Batches of which so many copies fit the pools; decided by lengths alone."""
+        """Batches of which so many copies fit the pools, with each context once.
+
+        Decided by the plan alone, never by what is in the cache.
+        """
         if num_copies > self._pools.max_sequences:
             raise ConfigError(
                 f"space.slots: {num_copies} sequences at a time are more than the engine's "
                 f"{self._pools.max_sequences}; lower space.slots"
             )
         first = num_tokens = 0
+        contexts: set[tuple[int, ...]] = set()
         for index, prompt in enumerate(prompts):
             length = len(prompt.tokens)
-            self._require_fit(length, num_copies)
-            num_own = length - prompt.shared
+            self._require_fit(length, num_copies, prompt.context)
+            needed = (length - prompt.begun) * num_copies
+            if prompt.before not in contexts:
+                needed += prompt.context
             is_full = (index - first + 1) * num_copies > self._pools.max_sequences
-            if index > first and (is_full or (num_tokens + num_own) * num_copies > self.kv_tokens):
+            if index > first and (is_full or num_tokens + needed > self.kv_tokens):
                 yield range(first, index)
-                first, num_tokens, num_own = index, 0, length
-            num_tokens += num_own
+                first, num_tokens, contexts = index, 0, set()
+                needed = prompt.context + (length - prompt.context) * num_copies
+            num_tokens += needed
+            contexts.add(prompt.before)
         if first < len(prompts):
             yield range(first, len(prompts))
 
-    def _require_fit(self, length: int, num_copies: int = 1) -> None:
-        """Refuse a sequence that could never be computed, so many times at once."""
-        if length > self.max_sequence_length or length * num_copies > self.kv_tokens:
+    def _require_fit(self, length: int, num_copies: int = 1, context: int = 0) -> None:
+        """Refuse a sequence that could never be computed, so many times behind its context."""
+        needed = context + (length - context) * num_copies
+        if length > self.max_sequence_length or needed > self.kv_tokens:
             times = f", {num_copies} times over," if num_copies > 1 else ""
             raise ConfigError(
                 f"a sequence of {length} tokens{times} exceeds the {self.max_sequence_length} "
@@ -399,20 +444,35 @@ class Engine:
             )
 
     def _forward(
-        self, rows: Sequence[Row], namespace: str | None, *, hidden: bool = False
+        self,
+        rows: Sequence[Row],
+        namespace: str | None,
+        base: str | None,
+        *,
+        hidden: bool = False,
     ) -> tuple[torch.Tensor, int]:
         """The rows' targets' log-probabilities, or the hidden states that these are computed from,
         and the tokens that the cache has spared."""
+        contexts = [row.prompt.before for row in rows if row.prompt.context]
+        with self._contexts.held(contexts, base) as (entries, num_found):
+            values, num_reused = self._behind(rows, entries, namespace, hidden=hidden)
+        return values, num_reused + num_found
+
+    def _behind(
+        self,
+        rows: Sequence[Row],
+        entries: Mapping[tuple[int, ...], torch.Tensor],
+        namespace: str | None,
+        *,
+        hidden: bool,
+    ) -> tuple[torch.Tensor, int]:
+        """The same, where the contexts' entries are there already."""
         requests: list[Req] = []
         adapters = [row.adapter for row in rows]
         scored = False
         try:
             for row in rows:
-                # A prefix may be reused up to the first scored position, which needs its logits.
-                prompt = row.prompt
-                requests.append(
-                    self._pools.request(prompt.tokens, namespace, prompt.first_scored, row.adapter)
-                )
+                requests.append(self._requested(row, entries, namespace))
             shared = [row.prompt.shared for row in rows]
             taken = self._pools.follow(requests, adapters, shared)
             schedule = self._pools.schedule(requests)
@@ -430,10 +490,23 @@ class Engine:
         finally:
             # Entries of a forward that failed must not be found later.
             keep = namespace is not None and scored
-            for adapter, request in zip(adapters, requests, strict=False):
-                self._pools.release(request, keep and self._pools.prefix(adapter) is None)
+            for row, request in zip(rows, requests, strict=False):
+                is_own = not row.prompt.context and self._pools.prefix(row.adapter) is None
+                self._pools.release(request, keep and is_own)
         values = output.hidden_states if hidden else output.input_token_logprobs
-        return values, sum(begun) - sum(shared)
+        return values, sum(begun) - sum(row.prompt.begun for row in rows)
+
+    def _requested(
+        self,
+        row: Row,
+        entries: Mapping[tuple[int, ...], torch.Tensor],
+        namespace: str | None,
+    ) -> Req:
+        prompt = row.prompt
+        if prompt.context:
+            return self._pools.branch(prompt.tokens, entries[prompt.before], row.adapter)
+        # A prefix may be reused up to the first scored position, which needs its logits.
+        return self._pools.request(prompt.tokens, namespace, prompt.first_scored, row.adapter)
 
     def _replayed(self, batch: PlanBatch) -> torch.Tensor | None:
         """The batch's log-probabilities, by a graph; None where there is none for it."""
@@ -479,7 +552,7 @@ class Engine:
         self._is_closed = True
         self.slots = self.prefixes = None  # they hold views of the runner's pools
         self._graphs = None  # they hold memory of the model's forward
-        del self._head, self._pools
+        del self._head, self._pools, self._contexts
         self._runner.close()
 
 
@@ -492,3 +565,10 @@ def _require_native(model_config: ModelConfig) -> None:
             f"{', '.join(architectures)}; choose a model that it serves natively, or set "
             "model.allow_fallback=true to run transformers' own, more slowly"
         )
+
+
+def _require_behind(prompts: Sequence[Sequence[int]], contexts: Sequence[int]) -> None:
+    """Refuse contexts that leave nothing of their prompts to an adapter."""
+    for prompt, context in zip(prompts, contexts, strict=True):
+        if not 0 <= context < len(prompt):
+            raise ValueError(f"a prompt of {len(prompt)} tokens, a context of {context}")

@@ -36,6 +36,8 @@ class AdapterSettings:
     rank: int
     alpha: float
     modules: tuple[str, ...]
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence on the adapter acts (activated LoRA); none: on all."""
 
 
 def write_model(base: Path, folder: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -79,6 +81,7 @@ def write_adapter(
             base_model_name_or_path=str(base),
             task_type="CAUSAL_LM",
             inference_mode=True,
+            alora_invocation_tokens=list(settings.invocation) or None,
         ).save_pretrained(str(unfinished))
         save_file(tensors, unfinished / ADAPTER_WEIGHTS, {"format": "pt"})
         unfinished.rename(folder)
@@ -95,7 +98,8 @@ def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, torch.Tensor]
     factors = {name.removeprefix(PEFT_PREFIX): value for name, value in stored.items()}
     # PEFT may keep "all-linear" as such; the factors say what it came to.
     modules = sorted({name.split(".")[-3] for name in factors})
-    return AdapterSettings(config.r, config.lora_alpha, tuple(modules)), factors
+    invocation = tuple(config.alora_invocation_tokens or ())
+    return AdapterSettings(config.r, config.lora_alpha, tuple(modules), invocation), factors
 
 
 def write_prefix(

@@ -4,8 +4,9 @@ Owns which rows are computed together, and their requests while they are. A prom
 rows share under an adapter is computed once, as their stem; the rows then branch off it, over its
 KV entries. (SGLang's requests of one batch do not find each other's entries, and its radix tree
 cannot tell prefix slots apart, so stems lend their entries themselves.) Rows reserve the room of
-all tokens that they may come to, so that none has to be taken out half way. Knows token ids and
-names of slots; knows nothing of what the text is for.
+all tokens that they may come to, so that none has to be taken out half way. Stems of prompts that
+begin with a context, on which no adapter acts, begin with its entries, and all share them. Knows
+token ids and names of slots; knows nothing of what the text is for.
 """
 
 from collections import deque
@@ -17,8 +18,9 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+from orchestrator.contexts import Contexts
 from orchestrator.noise import token_uniforms
-from orchestrator.pools import Pools
+from orchestrator.pools import Hold, Pools
 from orchestrator.sampling import (
     UNDEFINED,
     Continuation,
@@ -53,6 +55,8 @@ class Stem:
 
     prompt: Sequence[int]
     adapter: str | None
+    context: tuple[int, ...] = ()
+    """The prompt's first tokens, if they are computed without any adapter."""
     rows: list[Row] = field(default_factory=list)
     request: Req | None = None
     entries: torch.Tensor | None = None
@@ -84,6 +88,17 @@ class Room:
         return other.tokens <= self.tokens and other.requests <= self.requests
 
 
+@dataclass(slots=True)
+class Lent:
+    """A context's entries, and how many stems that are in begin with them."""
+
+    hold: Hold | None = None
+    """None until it is found or computed."""
+    num_stems: int = 0
+    is_paid: bool = True
+    """Whether it was found, or a stem has been told that it was computed for it."""
+
+
 class Generation:
     """One call for continuations of prompts that each fit the pools, with one row's new tokens."""
 
@@ -94,8 +109,13 @@ class Generation:
         sampling: Sampling,
         decode: Decode | None = None,
         namespace: str | None = None,
+        contexts: Contexts | None = None,
+        base: str | None = None,
     ) -> None:
+        """`contexts` are needed where prompts begin with any, and are kept under `base`."""
         self._pools, self._forward = pools, forward
+        self._contexts, self._base = contexts, base
+        self._lent: dict[tuple[int, ...], Lent] = {}
         self._sampling, self._decode, self._namespace = sampling, decode, namespace
         self._free = Room(pools.kv_tokens, pools.max_sequences)
         self._waiting: deque[Entrant] = deque()
@@ -109,9 +129,13 @@ class Generation:
         prompts: Sequence[Sequence[int]],
         adapters: Sequence[str | None],
         seeds: Sequence[int],
+        contexts: Sequence[int] | None = None,
     ) -> list[Continuation]:
-        """All prompts' continuations under the first adapter, then those under the second, ..."""
-        rows = self._lay_out(prompts, adapters, seeds)
+        """All prompts' continuations under the first adapter, then those under the second, ...
+
+        `contexts` are how many tokens of each prompt are computed without any adapter.
+        """
+        rows = self._lay_out(prompts, adapters, seeds, contexts or [0] * len(prompts))
         crowd = 0
         try:
             while self._waiting or self._running:
@@ -128,6 +152,9 @@ class Generation:
             for stem in self._inside:
                 if stem.request is not None:
                     self._pools.release(stem.request, keep=False)
+            for lent in self._lent.values():
+                if lent.hold is not None:
+                    self._pools.let_go(lent.hold)
         return [self._answer(row) for row in rows]
 
     def _lay_out(
@@ -135,15 +162,17 @@ class Generation:
         prompts: Sequence[Sequence[int]],
         adapters: Sequence[str | None],
         seeds: Sequence[int],
+        contexts: Sequence[int],
     ) -> list[Row]:
         """Let stems wait, a prompt's adapters next to each other; the rows are as the answer's."""
-        stems: dict[tuple[tuple[int, ...], int, int], Stem] = {}
+        stems: dict[tuple[tuple[int, ...], int, int, int], Stem] = {}
         rows: list[list[Row]] = [[] for _ in adapters]
         can_share = self._pools.max_sequences > 1  # a stem and a row
-        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        each = zip(prompts, seeds, contexts, strict=True)
+        for number, (prompt, seed, context) in enumerate(each):
             for place, adapter in enumerate(adapters):
-                key = tuple(prompt), place, 0 if can_share else number
-                stem = stems.setdefault(key, Stem(prompt, adapter))
+                key = tuple(prompt), context, place, 0 if can_share else number
+                stem = stems.setdefault(key, Stem(prompt, adapter, tuple(prompt[:context])))
                 row = Row(stem, seed)
                 if self._sampling.stop_strings and self._decode is not None:
                     row.transcript = Transcript(self._decode, self._sampling.stop_strings)
@@ -157,7 +186,13 @@ class Generation:
         if isinstance(entrant, Row):
             return Room(self._sampling.max_new_tokens, 1)
         num_own = 0 if entrant.is_shared else self._sampling.max_new_tokens
-        return Room(len(entrant.prompt) + num_own, 1)
+        return Room(len(entrant.prompt) - len(entrant.context) + num_own, 1)
+
+    def _room_before(self, entrant: Entrant) -> Room:
+        """What the entrant's context takes, if it is the first of those inside to need it."""
+        if isinstance(entrant, Row) or entrant.context in self._lent:
+            return Room(0, 0)
+        return Room(len(entrant.context), 0)
 
     def _admitted(self) -> list[Entrant]:
         """Take waiting entrants, in order, as far as there is room for them.
@@ -169,9 +204,10 @@ class Generation:
         left = self._free  # once all rows of the stems that are taken have entered too
         while self._waiting:
             entrant = self._waiting[0]
-            whole, length = self._room(entrant), 1
+            before = self._room_before(entrant)
+            whole, length = self._room(entrant) + before, 1
             if isinstance(entrant, Stem):
-                length = len(entrant.prompt)
+                length = len(entrant.prompt) - len(entrant.context)
                 if entrant.is_shared:
                     count = len(entrant.rows)
                     whole += Room(count * self._sampling.max_new_tokens, count)
@@ -182,12 +218,15 @@ class Generation:
                 break
             left -= whole
             num_tokens += length
-            self._free -= self._room(entrant)
+            self._free -= self._room(entrant) + before
+            if isinstance(entrant, Stem) and entrant.context:
+                self._lent.setdefault(entrant.context, Lent()).num_stems += 1
             entrants.append(self._waiting.popleft())
         return entrants
 
     def _enter(self, entrants: Sequence[Entrant]) -> None:
         """Compute prompts, and the first tokens of branches, in one batch; draw what follows."""
+        self._lend()
         order = {adapter: number for number, adapter in enumerate(map(_adapter, entrants))}
         entrants = sorted(entrants, key=lambda entrant: order[_adapter(entrant)])
         requests = [self._requested(entrant) for entrant in entrants]
@@ -222,9 +261,27 @@ class Generation:
             if row.ended is not None:
                 self._leave(row)
 
+    def _lend(self) -> None:
+        """Find or compute the contexts that newcomers begin with.
+
+        Those that are found are held before what is missing takes their place.
+        """
+        new = {tokens: lent for tokens, lent in self._lent.items() if lent.hold is None}
+        if not new:
+            return
+        assert self._contexts is not None
+        for tokens, lent in new.items():
+            lent.hold = self._contexts.find(tokens, self._base)
+        for tokens, lent in new.items():
+            if lent.hold is None:
+                lent.hold = self._contexts.compute(tokens, self._base)
+                lent.is_paid = False
+
     def _requested(self, entrant: Entrant) -> Req:
         if isinstance(entrant, Stem):
             self._inside.add(entrant)
+            if entrant.context:
+                return self._begun(entrant)
             last = len(entrant.prompt) - 1
             entrant.request = self._pools.request(
                 entrant.prompt, self._namespace, last, entrant.adapter
@@ -233,10 +290,18 @@ class Generation:
             return entrant.request
         stem = entrant.stem
         assert stem.request is not None and stem.entries is not None
-        entrant.request = self._pools.branch(
-            stem.request, stem.entries, entrant.tokens[-1], stem.adapter
-        )
+        tokens = [*stem.request.origin_input_ids, entrant.tokens[-1]]
+        entrant.request = self._pools.branch(tokens, stem.entries, stem.adapter)
         return entrant.request
+
+    def _begun(self, stem: Stem) -> Req:
+        """The request of a stem behind its context; the context counts as computed by one stem."""
+        lent = self._lent[stem.context]
+        assert lent.hold is not None
+        stem.request = self._pools.branch(stem.prompt, lent.hold.entries, stem.adapter)
+        stem.num_reused = len(stem.context) if lent.is_paid else 0
+        lent.is_paid = True
+        return stem.request
 
     def _step(self) -> None:
         """One more token of every row that runs."""
@@ -286,11 +351,23 @@ class Generation:
             self._free += self._room(row)
         if stem in self._inside and all(other.ended is not None for other in stem.rows):
             assert stem.request is not None
-            is_kept = self._namespace is not None and self._pools.prefix(stem.adapter) is None
-            self._pools.release(stem.request, keep=is_kept)
+            is_own = not stem.context and self._pools.prefix(stem.adapter) is None
+            self._pools.release(stem.request, keep=self._namespace is not None and is_own)
             stem.request = stem.entries = None
             self._inside.remove(stem)
             self._free += self._room(stem)
+            if stem.context:
+                self._take_back(stem.context)
+
+    def _take_back(self, context: tuple[int, ...]) -> None:
+        """One stem less that begins with a context; the last of them lets it go."""
+        lent = self._lent[context]
+        lent.num_stems -= 1
+        if not lent.num_stems:
+            assert lent.hold is not None
+            self._pools.let_go(lent.hold)
+            del self._lent[context]
+            self._free += Room(len(context), 0)
 
     def _answer(self, row: Row) -> Continuation:
         assert row.ended is not None

@@ -7,13 +7,15 @@ and names of slots; knows nothing of what is computed, or why.
 import itertools
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -24,6 +26,28 @@ from orchestrator.score_plan import owners
 VIRTUAL_TOKEN = 0  # holds the place of a prefix slot's; never computed
 
 
+class Cache(RadixCache):  # type: ignore[misc]  # SGLang's is untyped
+    """SGLang's tree, which also counts what it gives up to make room."""
+
+    num_evicted = 0
+    """Tokens."""
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        result = super().evict(params)
+        self.num_evicted += result.num_tokens_evicted
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """KV entries that stay where they are until they are let go."""
+
+    entries: torch.Tensor
+    """Where in the pool they are: int64 [tokens]."""
+    node: Any
+    """Of the tree, locked; None where the entries are the holder's own."""
+
+
 class Pools:
     """What a runner's sequences take while they are in it."""
 
@@ -32,7 +56,7 @@ class Pools:
         self._model_runner, self._prefixes = model_runner, prefixes
         self.allocator = model_runner.token_to_kv_pool_allocator
         self.requests = model_runner.req_to_token_pool
-        self.cache = RadixCache(
+        self.cache = Cache(
             CacheInitParams(
                 disable=False,
                 req_to_token_pool=self.requests,
@@ -79,13 +103,13 @@ class Pools:
         request.set_extend_range(len(request.prefix_indices), len(request.origin_input_ids))
         return request
 
-    def branch(self, stem: Req, entries: torch.Tensor, token: int, adapter: str | None) -> Req:
-        """A request that goes on from another's tokens by one more, over the other's KV entries.
+    def branch(self, tokens: Sequence[int], entries: torch.Tensor, adapter: str | None) -> Req:
+        """A request whose first tokens' KV entries are another's, to be released after it.
 
-        `entries` are those of the stem's tokens, see `entries`; they stay the stem's, which is to
-        be released last.
+        Nothing of it is looked up, and nothing may be kept: what it computes depends on more than
+        its tokens and adapter.
         """
-        request = self._new([*stem.origin_input_ids, token], adapter, None, is_scored=False)
+        request = self._new(tokens, adapter, None, is_scored=False)
         request.init_next_round_input(None)
         _begin_with(request, entries)
         request.set_extend_range(len(entries), len(request.origin_input_ids))
@@ -95,6 +119,33 @@ class Pools:
         """Where in the KV pool a request's input lies, once computed: int64 [tokens]."""
         row: torch.Tensor = self.requests.req_to_token[request.req_pool_idx]
         return row[: len(request.origin_input_ids)].to(torch.int64)
+
+    def find(self, tokens: Sequence[int], namespace: str) -> Hold | None:
+        """Entries of all these tokens, locked until they are let go; None where any is missing."""
+        match = self.cache.match_prefix(
+            MatchPrefixParams(key=RadixKey(array("q", tokens), namespace))
+        )
+        if len(match.device_indices) < len(tokens):
+            return None
+        self.cache.inc_lock_ref(match.last_device_node)
+        return Hold(match.device_indices, match.last_device_node)
+
+    def hold(self, request: Req, keep: bool) -> Hold:
+        """The entries of a computed request, which is given back; found later if kept."""
+        if keep:
+            self.release(request, keep=True)
+            found = self.find(request.origin_input_ids, request.extra_key)
+            assert found is not None, "what was inserted is found"
+            return found
+        own = Hold(self.entries(request).clone(), None)
+        self.requests.free(request)
+        return own
+
+    def let_go(self, hold: Hold) -> None:
+        if hold.node is not None:
+            self.cache.dec_lock_ref(hold.node)
+        else:
+            self.allocator.free(hold.entries)
 
     def prefix(self, adapter: str | None) -> torch.Tensor | None:
         """The KV entries that a row begins with; None where it names no prefix slot."""

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from orchestrator import answers, cache_check, checkpoint, noise, rewards, tasks
 from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError
-from orchestrator.encoder import Encoder, Encoding
+from orchestrator.encoder import Encoder, Encoding, Prompt
 from orchestrator.engine import Engine, Launched
 from orchestrator.objectives import calibrated as without_prior
 from orchestrator.objectives import option_accuracy, option_cross_entropy, token_cross_entropy
@@ -62,7 +62,20 @@ class Replica:
         self._task, self._run_seed = config.task, config.run.seed
         self._folder = folder = checkpoint.locate(config.model.path)
         weights = checkpoint.Checkpoint(folder)
-        plan = SpacePlan(config, weights)
+        self._data = data = tasks.load(config.task)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.model.trust_remote_code
+        )
+        self._is_activated = config.space.activation == "suffix"
+        self._encoder = Encoder(
+            data,
+            self._tokenize,
+            bos=self._tokenizer.bos_token_id,
+            eos=self._tokenizer.eos_token_id,
+            max_length=config.task.max_length,
+            is_activated=self._is_activated,
+        )
+        plan = SpacePlan(config, weights, self._encoder.invocation)
         threads = config.fleet.threads_per_replica
         self.engine = Engine(
             str(folder),
@@ -81,17 +94,6 @@ class Replica:
         )
         self.space = plan.build(self.engine)
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        self._data = data = tasks.load(config.task)
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=config.model.trust_remote_code
-        )
-        self._encoder = Encoder(
-            data,
-            self._tokenize,
-            bos=self._tokenizer.bos_token_id,
-            eos=self._tokenizer.eos_token_id,
-            max_length=config.task.max_length,
-        )
         self._require_fit(config, plan.rows_per_sequence)
         self._rewards = RewardPool(config.task.reward) if config.task.reward else None
         self._batches = Batches(config, len(data.train), data.groups)
@@ -99,9 +101,11 @@ class Replica:
         self._num_probes = 0
         self._latest: list[Batch] = []
         self._next_step = 0
+        self._trains_weights = config.space.kind in ("dense", "low_rank")
+        self._weights_hash = checkpoint.weights_hash(folder)
         self.info = ReplicaInfo(
             model_class=type(self.engine.model).__name__,
-            weights_hash=checkpoint.weights_hash(folder) + plan.initial_hash,
+            weights_hash=self._weights_hash + plan.initial_hash,
             data_hash=data.fingerprint(),
             num_parameters=self.space.num_parameters,
             device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -125,7 +129,7 @@ class Replica:
                 f"task.max_length: a sequence has {longest} tokens; model.kv_tokens "
                 f"and the model's context allow {self.engine.max_sequence_length}"
             )
-        if self._encoder.longest * rows_per_sequence > self.engine.kv_tokens:
+        if self._encoder.room(rows_per_sequence) > self.engine.kv_tokens:
             raise ConfigError(
                 f"space.slots: {config.space.slots} times a sequence of {self._encoder.longest} "
                 f"tokens does not fit into the KV pool's {self.engine.kv_tokens}; raise "
@@ -147,12 +151,13 @@ class Replica:
             for group in groups:
                 adapters = tuple(placed.adapter for placed in group)
                 plan = self._planned(batch, adapters)
-                launched = self.engine.launch(plan)
+                launched = self.engine.launch(plan, base=self._base)
                 launches.setdefault(adapters, []).append(launched)
                 order.append(adapters)
                 if self._is_verified(len(group)):
                     (scores,) = self.engine.read(plan, [launched])
-                    cache_check.verify(self.engine, *_sequences(batch.encodings), adapters, scores)
+                    sequences, spans, contexts = _sequences(batch.encodings)
+                    cache_check.verify(self.engine, sequences, spans, adapters, scores, contexts)
         # The device has all forwards by now; waiting for one before the next would leave it idle.
         # What it takes for them is time to plan the next step's batch.
         following = self._batch(self._batches.of(self._next_step + 1))
@@ -245,7 +250,9 @@ class Replica:
     def _hidden(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
         """Final hidden states at the prompts' last tokens: [examples, hidden size]."""
         prompts = [encoding.sequences[0][: encoding.spans[0][0]] for encoding in encodings]
-        states: NDArray[np.float32] = self.engine.last_hidden(prompts, self.space.adapter).numpy()
+        contexts = [encoding.context for encoding in encodings]
+        shown = self.engine.last_hidden(prompts, self.space.adapter, contexts, self._base)
+        states: NDArray[np.float32] = shown.numpy()
         return states
 
     def _scored(
@@ -253,7 +260,8 @@ class Replica:
     ) -> tuple[list[list[SpanScore]], int, int]:
         """Scores of all options under the trained state; tokens that were computed, and reused."""
         plan = self._plan(encodings, (self.space.adapter,))
-        (answer,) = self.engine.read(plan, [self.engine.launch(plan, namespace)])
+        launched = self.engine.launch(plan, namespace, self._base)
+        (answer,) = self.engine.read(plan, [launched])
         (scores,) = _by_option(encodings, answer)
         return scores, answer.num_tokens, answer.num_asked - answer.num_tokens
 
@@ -261,9 +269,20 @@ class Replica:
     def _namespace(self) -> str | None:
         """Stands for the trained state of now, where chunks of examples have much in common.
 
-        None where the task has no demonstrations: what is left to share is in the same batch.
+        None where the task has no demonstrations: what is left to share is in the same batch; and
+        where they are part of the base's contexts.
         """
-        return f"step {self._next_step}" if self._task.demonstrations else None
+        is_used = self._task.demonstrations and not self._is_activated
+        return f"{self._base}, trained for {self._next_step}" if is_used else None
+
+    @property
+    def _base(self) -> str:
+        """Stands for the weights of now beside any adapter.
+
+        Updates of an adapter or a prefix leave them as they are.
+        """
+        num_steps = self._next_step if self._trains_weights else 0
+        return f"{self._weights_hash} after {num_steps} steps"
 
     def _warmed(self, prompts: Sequence[Sequence[int]]) -> int:
         """Put in the cache what all prompts begin with; the tokens that it took.
@@ -281,7 +300,7 @@ class Replica:
     def _written(self, split: Split, examples: Sequence[int]) -> ChunkScores:
         """Answers that are generated, the most likely token at a time."""
         prompts = self._prompts(split, examples)
-        num_warm = self._warmed(prompts)
+        num_warm = self._warmed([prompt.tokens for prompt in prompts])
         found = self._continued(prompts, (self.space.adapter,), self._namespace)
         judged = self._judged(self._task.metric, split, examples, found)
         scores = [
@@ -289,15 +308,15 @@ class Replica:
             for id, each, worth in zip(examples, found, judged, strict=True)
         ]
         num_reused = sum(each.num_reused for each in found)
-        num_tokens = _num_tokens(prompts, found) - num_reused
+        num_tokens = _num_tokens(prompts, found)
         return ChunkScores(tuple(scores), num_tokens + num_warm, num_reused)
 
-    def _prompts(self, split: Split, examples: Sequence[int]) -> list[list[int]]:
+    def _prompts(self, split: Split, examples: Sequence[int]) -> list[Prompt]:
         return self._encoder.prompts(split, examples, self._task.max_new_tokens)
 
     def _continued(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         adapters: Sequence[str | None],
         namespace: str | None = None,
         *,
@@ -314,12 +333,14 @@ class Replica:
             stop_strings=tuple(self._task.stop),
         )
         return self.engine.generate(
-            prompts,
+            [prompt.tokens for prompt in prompts],
             sampling,
             adapters=adapters,
             seeds=seeds,
             decode=self._decode,
             namespace=namespace,
+            contexts=[prompt.context for prompt in prompts],
+            base=self._base,
         )
 
     def _answer(self, continuation: Continuation) -> str:
@@ -387,7 +408,8 @@ class Replica:
         return batch.plans[adapters]
 
     def _plan(self, encodings: Sequence[Encoding], adapters: Adapters) -> ScorePlan:
-        return self.engine.plan(*_sequences(encodings), adapters)
+        sequences, spans, contexts = _sequences(encodings)
+        return self.engine.plan(sequences, spans, adapters, contexts)
 
     def _is_verified(self, num_probes: int) -> bool:
         """Whether one of the next so many probes is to be computed again without reuse."""
@@ -428,19 +450,21 @@ def _choice(id: int, encoding: Encoding, scores: tuple[float, ...]) -> ExampleSc
     )
 
 
-def _num_tokens(prompts: Sequence[Sequence[int]], found: Sequence[Continuation]) -> int:
-    """Of prompts and of all that follows them, under every adapter."""
+def _num_tokens(prompts: Sequence[Prompt], found: Sequence[Continuation]) -> int:
+    """Of prompts and of all that follows them, under every adapter, but for what was reused."""
     num_copies = len(found) // len(prompts)
-    return num_copies * sum(map(len, prompts)) + sum(len(each.tokens) for each in found)
+    num_asked = num_copies * sum(len(prompt.tokens) for prompt in prompts)
+    return num_asked + sum(len(each.tokens) - each.num_reused for each in found)
 
 
 def _sequences(
     encodings: Sequence[Encoding],
-) -> tuple[list[tuple[int, ...]], list[tuple[int, int]]]:
-    """What the engine scores for them: sequences, and a span in each."""
+) -> tuple[list[tuple[int, ...]], list[tuple[int, int]], list[int]]:
+    """What the engine scores for them: sequences, and a span and a context in each."""
     return (
         [sequence for encoding in encodings for sequence in encoding.sequences],
         [span for encoding in encodings for span in encoding.spans],
+        [encoding.context for encoding in encodings for _ in encoding.sequences],
     )
 
 
@@ -466,8 +490,9 @@ def answer_loss(
         -math.fsum(worth[first : first + number]) / number for first in range(0, len(worth), number)
     )
     mean = math.fsum(parts) / len(parts)
+    num_found = sum(each.num_reused for each in found)
     lost = rewards.count(judged)
-    return ProbeLoss(mean, num_tokens, num_asked=num_tokens, parts=parts, lost=lost)
+    return ProbeLoss(mean, num_tokens, num_tokens + num_found, num_found, parts, lost)
 
 
 def batch_loss(

@@ -262,6 +262,11 @@ def evaluate(
             f"--calibrated: task.metric is {task.metric}: options are calibrated, and generated "
             "answers have none; leave it out"
         )
+    if calibrated and run.config.space.activation == "suffix":
+        raise ConfigError(
+            "--calibrated: options without the row have no place from which the adapter acts "
+            "(space.activation is suffix); leave it out"
+        )
     if linear_probe:
         from orchestrator import linear_probe as probing  # imports scikit-learn
 

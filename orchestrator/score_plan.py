@@ -51,16 +51,28 @@ class Prompt:
     """Distinct input tokens."""
 
     tokens: tuple[int, ...]
+    context: int = 0
+    """So many first tokens the model computes without any adapter."""
     shared: int = 0
     """So many first tokens are those of the prompt before it in its batch, which, or one before,
-    computes them."""
+    computes them. If any, they are more than the context."""
     targets: dict[Pair, None] = field(default_factory=dict)
     """What is scored on tokens behind those, in order."""
 
     @property
+    def begun(self) -> int:
+        """How many first tokens are computed elsewhere."""
+        return max(self.context, self.shared)
+
+    @property
     def own(self) -> tuple[int, ...]:
-        """The tokens that no prompt before it has."""
-        return self.tokens[self.shared :]
+        """The tokens that no prompt before it has, and that are no context."""
+        return self.tokens[self.begun :]
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """The context's tokens."""
+        return self.tokens[: self.context]
 
     @property
     def first_scored(self) -> int:
@@ -89,7 +101,7 @@ class PlanBatch:
     @property
     def lengths(self) -> list[int]:
         """Of the rows' own tokens."""
-        return [len(row.prompt.tokens) - row.prompt.shared for row in self.rows]
+        return [len(row.prompt.own) for row in self.rows]
 
     @property
     def shared(self) -> list[int]:
@@ -117,9 +129,9 @@ def laid_out(rows: list[Row]) -> PlanBatch:
     for row in rows:
         prompt = row.prompt
         for position, token in prompt.targets:
-            positions.append(start + position - prompt.shared)
+            positions.append(start + position - prompt.begun)
             tokens.append(token)
-        start += len(prompt.tokens) - prompt.shared
+        start += len(prompt.own)
     return PlanBatch(rows, positions, tokens)
 
 
@@ -205,7 +217,30 @@ def _num_common(some: tuple[int, ...], others: tuple[int, ...]) -> int:
 
 
 def _num_own(prompts: Sequence[Prompt]) -> int:
-    return sum(len(prompt.tokens) - prompt.shared for prompt in prompts)
+    return sum(len(prompt.own) for prompt in prompts)
+
+
+class Behind:
+    """Sequences as what stands behind their contexts, with one token for the whole context.
+
+    So a tree has them share no token that one computes under an adapter and another without.
+    """
+
+    def __init__(self, inputs: Sequence[tuple[int, ...]], contexts: Sequence[int]) -> None:
+        numbers: dict[tuple[int, ...], int] = {}
+        self.sequences = []
+        for tokens, context in zip(inputs, contexts, strict=True):
+            number = numbers.setdefault(tokens[:context], len(numbers))
+            self.sequences.append((-1 - number, *tokens[context:]) if context else tokens)
+        self._contexts = list(numbers)
+
+    def prompt(self, tokens: tuple[int, ...], shared: int) -> Prompt:
+        """The whole prompt of one of the sequences."""
+        if tokens[0] >= 0:
+            return Prompt(tokens, shared=shared)
+        context = self._contexts[-1 - tokens[0]]
+        num_shared = len(context) + shared - 1 if shared > 1 else 0
+        return Prompt((*context, *tokens[1:]), len(context), num_shared)
 
 
 class ScorePlan:
@@ -220,35 +255,45 @@ class ScorePlan:
         sequences: Sequence[Sequence[int]],
         spans: Sequence[tuple[int, int]],
         adapters: Sequence[str | None],
+        contexts: Sequence[int] | None = None,
         *,
         sharing: bool = True,
     ) -> None:
-        """Without `sharing` every distinct input is computed whole, in the order given; so it is
-        where sharing would spare few tokens.
+        """`contexts` are how many tokens of each sequence are computed without any adapter.
+        Without `sharing` every distinct input is computed from its context on, in the order given;
+        so it is where sharing would spare few tokens.
 
-        Raises ValueError for a span that does not fit its sequence.
+        Raises ValueError for a span that does not fit its sequence, or begins right behind its
+        context.
         """
         self.adapters = tuple(adapters)
         inputs, wanted = [], []
-        for tokens, (start, end) in zip(sequences, spans, strict=True):
+        contexts = contexts or [0] * len(sequences)
+        for tokens, (start, end), context in zip(sequences, spans, contexts, strict=True):
             if not 1 <= start < end <= len(tokens):
                 raise ValueError(f"span {start}..{end} in a sequence of {len(tokens)} tokens")
+            if not 0 <= context < start:
+                raise ValueError(f"span {start}..{end} behind a context of {context} tokens")
             inputs.append(tuple(tokens[: end - 1]))
             wanted.append(
                 [(position, tokens[position + 1]) for position in range(start - 1, end - 1)]
             )
-        numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(inputs))}
-        self.prompts = [Prompt(tokens) for tokens in numbers]
+        behind = Behind(inputs, contexts)
+        numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(behind.sequences))}
+        self.prompts = [behind.prompt(tokens, 0) for tokens in numbers]
         if sharing:
-            tree = PrefixTree(inputs)
-            prompts = [Prompt(tokens, shared) for tokens, shared in tree.leaves]
+            tree = PrefixTree(behind.sequences)
+            prompts = [behind.prompt(tokens, shared) for tokens, shared in tree.leaves]
             if _num_own(prompts) <= (1 - LEAST_SHARE) * _num_own(self.prompts):
-                self.prompts, numbers = prompts, {tokens: tree.leaf(tokens) for tokens in inputs}
+                numbers = {tokens: tree.leaf(tokens) for tokens in behind.sequences}
+                self.prompts = prompts
         self._wanted = [
-            (numbers[tokens], pairs) for tokens, pairs in zip(inputs, wanted, strict=True)
+            (numbers[tokens], pairs) for tokens, pairs in zip(behind.sequences, wanted, strict=True)
         ]
         self._owned: list[list[tuple[Prompt, Pair]]] = []  # per sequence: what makes up its span
         self._num_asked = sum(map(len, inputs))
+        self._num_before = 0
+        self.has_contexts = any(contexts)
         self.batches: list[PlanBatch] = []
 
     def split(self, batches: Sequence[range]) -> None:
@@ -259,6 +304,8 @@ class ScorePlan:
         """
         for batch in batches:
             self.prompts[batch.start].shared = 0
+            contexts = {self.prompts[index].before for index in batch}
+            self._num_before += sum(map(len, contexts))
         for number, pairs in self._wanted:
             self._owned.append(
                 [(self._owner(number, position), (position, token)) for position, token in pairs]
@@ -281,8 +328,9 @@ class ScorePlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows, without those that another row computes."""
-        return len(self.adapters) * _num_own(self.prompts)
+        """Tokens of all rows, without those that another row computes, and of each batch's
+        contexts."""
+        return self._num_before + len(self.adapters) * _num_own(self.prompts)
 
     @property
     def num_targets(self) -> int:

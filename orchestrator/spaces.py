@@ -31,8 +31,14 @@ ALL_LINEAR = "all-linear"
 class SpacePlan:
     """A space that is yet to be built."""
 
-    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
-        """Raises ConfigError, before anything is loaded, for what cannot be."""
+    def __init__(
+        self, config: Config, checkpoint: Checkpoint, invocation: tuple[int, ...] = ()
+    ) -> None:
+        """`invocation` are the tokens from which an activated adapter acts.
+
+        Raises ConfigError, before anything is loaded, for what cannot be.
+        """
+        self._invocation = invocation
         self._config = config
         self._checkpoint = checkpoint
         self._initial: dict[str, torch.Tensor] | None = None
@@ -61,7 +67,7 @@ class SpacePlan:
             modules = tuple(sorted(self._checkpoint.linear_modules()))
             return AdapterPlan(space.slots, space.rank, 1 / math.sqrt(space.rank), modules)
         modules = self._targets()
-        self._settings = AdapterSettings(space.rank, space.alpha, modules)
+        self._settings = AdapterSettings(space.rank, space.alpha, modules, self._invocation)
         if space.init is not None:
             self._read_initial(Path(space.init))
         # One slot more: the trained adapter itself.
@@ -92,6 +98,12 @@ class SpacePlan:
                     f"space.init: {folder}: has {key} {theirs}; space.{key} is {ours}: set it to "
                     "the adapter's"
                 )
+        if settings.invocation != self._invocation:
+            raise ConfigError(
+                f"space.init: {folder}: acts from the tokens {list(settings.invocation)} on (none: "
+                f"on all), and this recipe's adapter from {list(self._invocation)}; change "
+                "space.activation, or the text behind {*} in task.template"
+            )
         self.initial_hash = _adapter_hash(folder)
 
     def _plan_prefixes(self) -> PrefixPlan:

@@ -9,13 +9,14 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from orchestrator import noise, rows
 from orchestrator.config import ConfigError, Task
 from orchestrator.records import Split
 from orchestrator.rows import Row
-from orchestrator.templates import Template
+from orchestrator.templates import MARK, Template
 
 PERMUTATION_SEED = 0  # fixed, so that every run of a task has the same rows in each split
 HOLDOUT, DRAW_TRAIN, DRAW_TEST = range(3)  # permutations of their own
@@ -38,6 +39,9 @@ class Example:
     """Other right options."""
     answers: tuple[str, ...]
     """All right answers, where answers are generated."""
+    context: tuple[str, str] | None
+    """What stands before the template's mark, alone and with the fixed text behind the mark; None
+    where the template has no mark."""
     unconditional: tuple[str, tuple[str, ...]] | None
     """For calibration: prompt and texts without the row; None where nothing is calibrated."""
     origin: str
@@ -166,6 +170,7 @@ class Renderer:
             label=right[0],
             also_right=tuple(right[1:]),
             answers=answers,
+            context=self._context(row),
             unconditional=self._fill("unconditional", self._unconditional, row, options)
             if is_calibrated
             else None,
@@ -189,14 +194,7 @@ class Renderer:
         self, key: str, template: Template, row: Row, options: Sequence[str]
     ) -> tuple[str, tuple[str, ...]]:
         """The text before the option, and the whole text with each; there may be none."""
-
-        def value(path: str) -> str:
-            found = row.find(f"task.{key}", path)
-            if found is None or isinstance(found, list | dict):
-                what = "has no value" if found is None else "is not a single text"
-                raise ConfigError(f"task.{key}: {path} {what} in {row.origin}")
-            return str(found)
-
+        value = partial(_single, key, row)
         try:
             rendered = [template.render(value, option) for option in options or [""]]
         except ConfigError:
@@ -204,6 +202,15 @@ class Renderer:
         except ValueError as error:
             raise ConfigError(f"task.{key}: {row.origin}: {error}") from None
         return rendered[0][0], tuple(whole for _, whole in rendered[: len(options)])
+
+    def _context(self, row: Row) -> tuple[str, str] | None:
+        """The text before the mark, alone and with the fixed text behind the mark."""
+        if self._template.mark is None:
+            return None
+        context, cued = self._template.render_context(partial(_single, "template", row))
+        if not context:
+            raise ConfigError(f"task.template: nothing stands before {MARK} in {row.origin}")
+        return context, cued
 
     def _option_texts(self, row: Row) -> list[str]:
         """The row's candidates; a field that holds a list stands for all of its texts."""
@@ -260,3 +267,12 @@ class Renderer:
         if value in options:
             return [options.index(value)]
         return [int(value)] if value.isdecimal() and int(value) < len(options) else []
+
+
+def _single(key: str, row: Row, path: str) -> str:
+    """A field's text, for a template of the task's."""
+    found = row.find(f"task.{key}", path)
+    if found is None or isinstance(found, list | dict):
+        what = "has no value" if found is None else "is not a single text"
+        raise ConfigError(f"task.{key}: {path} {what} in {row.origin}")
+    return str(found)

@@ -1,7 +1,8 @@
 """Templates: text with {field} for a row's fields and {option} for a candidate.
 
-Owns their notation and the named functions that change a value on its way into the text, as in
-{question|as_question}. Knows neither rows nor files: a caller gives the fields' values.
+A {*} marks the place from which an activated adapter acts. Owns their notation and the named
+functions that change a value on its way into the text, as in {question|as_question}. Knows neither
+rows nor files: a caller gives the fields' values.
 """
 
 import re
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 OPTION = "option"
 WITH_OPTION = "with_option"
 PLACEHOLDER = "@placeholder"
+MARK = "{*}"
 
 
 def as_question(text: str) -> str:
@@ -89,10 +91,15 @@ class Template:
 
     stem: tuple[Part, ...]
     rest: tuple[Part, ...]
+    mark: int | None = None
+    """Parts of the stem before the mark; None where there is none."""
 
     @classmethod
     def parse(cls, text: str) -> "Template":
-        """Raises ValueError for a function that there is not, and for a second option."""
+        """Raises ValueError for a function that there is not, a second option, a misplaced mark."""
+        before, *others = text.split(MARK)
+        if others:
+            return cls._marked(text, cls.parse(before), *others)
         parts: list[Part] = []
         end = 0
         for match in re.finditer(r"\{([\w.]+)((?:\|\w+)*)\}", text):
@@ -109,6 +116,22 @@ class Template:
             raise ValueError(f"{text!r} has a place for the option more than once")
         first = places[0] if places else len(parts)
         return cls(tuple(parts[:first]), tuple(parts[first:]))
+
+    @classmethod
+    def _marked(cls, text: str, before: "Template", *others: str) -> "Template":
+        """The template whose mark stands behind `before`."""
+        if len(others) > 1:
+            raise ValueError(f"{text!r} has {MARK} more than once")
+        after = cls.parse(others[0])
+        cue = (*after.stem, "")[0]
+        if before.takes_option or not isinstance(cue, str) or not cue.strip():
+            raise ValueError(
+                f"{text!r}: {MARK} must stand before {{option}}, with a text behind it that is the "
+                "same in every row"
+            )
+        if not any(isinstance(part, Slot) or part.strip() for part in before.stem):
+            raise ValueError(f"{text!r}: {MARK} stands at the beginning, behind no context")
+        return cls((*before.stem, *after.stem), after.rest, mark=len(before.stem))
 
     @property
     def takes_option(self) -> bool:
@@ -130,6 +153,15 @@ class Template:
         stem = _fill(self.stem, value, option).lstrip()
         whole = (stem + _fill(self.rest, value, option)).lstrip()
         return stem.rstrip(" "), whole.rstrip(" ")
+
+    def render_context(self, value: Callable[[str], str]) -> tuple[str, str]:
+        """What stands before the mark, and the same with the fixed text that follows the mark.
+
+        Both lose white space at their left end, as in `render`.
+        """
+        assert self.mark is not None
+        before = _fill(self.stem[: self.mark], value, "").lstrip()
+        return before, before + _fill(self.stem[self.mark : self.mark + 1], value, "")
 
 
 def _check_functions(slot: Slot) -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import DEVICE
 
-from benchmarks import bars, evaluation, measure, memory, reference, steps, workloads
+from benchmarks import activation, bars, evaluation, measure, memory, reference, steps, workloads
 from benchmarks.shapes import SHAPES
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.engine import Engine
@@ -230,3 +230,12 @@ def test_memory_is_what_a_space_holds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert held[0] > getattr(torch, measure.DTYPE).itemsize + 4
     if measure.ON_GPU:
         assert all(row["peak_bytes_a_parameter"] > 0 for row in rows)
+
+
+def test_activated_steps_compute_what_their_tokens_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NUM_SLOTS": 2, "NUM_CONTEXTS": 3, "CONTEXT": 40, "SUFFIX": 6}.items():
+        monkeypatch.setattr(activation, name, value)
+    row = activation.compare("opt-tiny", turns=2)
+    assert row["tokens_allow"] == (40 + 6) / 6
+    assert row["small_pool_tokens"] == 3 * (40 + 2 * 6)
+    assert row["evicted_a_step"] > 40  # each batch pushes most of the other's contexts out

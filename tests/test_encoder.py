@@ -181,7 +181,7 @@ def test_prompts_alone_are_encoded_and_an_empty_one_is_refused(tmp_path: Path) -
     assert encoder.encode("train", [0])[0].sequences == ()
     assert (encoder.longest, encoder.longest_continued(10)) == (0, 64)
     short, long = encoder.prompts("train", [0, 1], 10)
-    assert short == [2, 3, 5, 2, 3] and len(long) == 54
+    assert short.tokens == [2, 3, 5, 2, 3] and len(long.tokens) == 54
     empty = data(tmp_path / "rows.jsonl", [ROW], template="{option}", reward=reward, **values)
     with pytest.raises(ConfigError, match=r"template: nothing stands before \{option\}, in .*:1"):
         by_words(empty)
@@ -219,7 +219,7 @@ def test_prompts_keep_room_for_what_is_generated(kind: str, tmp_path: Path) -> N
     found = data(tmp_path / "rows.jsonl", rows, metric="f1", loss="lm", **values)
     tokenizer = made(kind)
     long, short = by_pieces(found, tokenizer, 40).prompts("test", [0, 1], max_new_tokens=10)
-    assert short == tokenizer("it It was:")["input_ids"]
-    assert len(long) == 30
-    assert long[-5:] == tokenizer(rows[0]["q"] + "It was:")["input_ids"][-5:]
-    assert (long[0] == tokenizer.bos_token_id) == (kind in ("opt", "llama"))
+    assert short.tokens == tokenizer("it It was:")["input_ids"]
+    assert len(long.tokens) == 30
+    assert long.tokens[-5:] == tokenizer(rows[0]["q"] + "It was:")["input_ids"][-5:]
+    assert (long.tokens[0] == tokenizer.bos_token_id) == (kind in ("opt", "llama"))

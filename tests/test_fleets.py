@@ -19,7 +19,7 @@ import ray
 import torch
 import yaml
 from conftest import DEVICE
-from test_training import train
+from test_training import MARKED, train
 
 from orchestrator import actors
 from orchestrator.batches import Batches
@@ -107,13 +107,18 @@ def test_the_ledger_does_not_depend_on_the_fleet(
     assert step_lines(tmp_path) == step_lines(undisturbed)
 
 
+@pytest.mark.parametrize("activation", ["none", "suffix"])
 def test_actors_with_adapter_slots_give_the_local_ledger(
-    long_recipe: dict[str, Any], recipe_path: Path, tmp_path: Path, cluster: str
+    activation: str, long_recipe: dict[str, Any], recipe_path: Path, tmp_path: Path, cluster: str
 ) -> None:
     needs_devices(2)
     space = {"kind": "lora", "rank": 2, "slots": 2, "targets": ["q_proj", "v_proj"]}
-    local = train(Config.model_validate({**long_recipe, "space": space}), tmp_path / "ledger")
-    overrides = [f"space={json.dumps(space)}", "fleet.kind=ray", "fleet.num_replicas=2"]
+    space["activation"] = activation
+    task = {**long_recipe["task"], "template": MARKED}
+    values = {**long_recipe, "space": space, "task": task}
+    local = train(Config.model_validate(values), tmp_path / "ledger")
+    overrides = [f"space={json.dumps(space)}", f"task.template={MARKED}"]
+    overrides += ["fleet.kind=ray", "fleet.num_replicas=2"]
     folder = tmp_path / "remote"
     finish(launch("train", str(recipe_path), *overrides, f"run.dir={folder}"))
     assert step_lines(folder) == local

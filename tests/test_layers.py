@@ -25,6 +25,7 @@ LAYERS = [
         "linear_probe",
     },
     {"score_graphs", "pools"},
+    {"contexts"},
     {"generation"},
     {"engine", "sglang_models", "export"},
     {"space", "cache_check"},
@@ -51,6 +52,7 @@ OWNERS = {
     "numba": {"sweeps_numba", "replica"},
     "torch": {
         "engine",
+        "contexts",
         "runner",
         "opt_native",
         "tensor_map",

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import DEVICE, WORDS
 from test_launch import launch, mistake
-from test_training import LORA, train
+from test_training import ACTIVATED, LORA, train
 
 from orchestrator import noise, tasks
 from orchestrator.batches import Batches
@@ -104,10 +104,15 @@ def replica(values: dict[str, Any]) -> Iterator[Replica]:
     made.close()
 
 
+@pytest.mark.parametrize("space", [LORA, ACTIVATED])
 def test_a_probes_loss_is_minus_its_samples_mean_reward(
-    replica: Replica, values: dict[str, Any]
+    space: dict[str, Any], values: dict[str, Any]
 ) -> None:
     """Against the engine's own continuations, by seeds of run, step, example and sample."""
+    values["space"] = dict(space)
+    if space is ACTIVATED:
+        values["task"]["template"] = "so {text} {*}was{option}"
+    replica = Replica(config(values), DEVICE)
     examples = (3, 1, 30)
     data = tasks.load(config(values).task)
     (found,) = replica.evaluate([], [Probe(0, 7, 0, 0.3, examples)])
@@ -116,11 +121,12 @@ def test_a_probes_loss_is_minus_its_samples_mean_reward(
     for id, prompt in zip(examples, prompts, strict=True):
         seeds = noise.sample_seeds(3, 0, [id], SAMPLES)
         answers = replica.engine.generate(
-            [prompt] * SAMPLES,
+            [prompt.tokens] * SAMPLES,
             Sampling(5, 1.0, stop_tokens=frozenset({1})),
             adapters=(replica.space.adapter,),
             seeds=seeds,
             decode=replica._decode,
+            contexts=[prompt.context] * SAMPLES,
         )
         assert len({tuple(answer.tokens) for answer in answers}) > 1
         row = data.train[id].row
@@ -133,6 +139,8 @@ def test_a_probes_loss_is_minus_its_samples_mean_reward(
     assert found.parts == pytest.approx(parts)
     assert found.value == pytest.approx(sum(parts) / 3)
     assert sum(found.lost) == sum(lost.values()) > 0
+    assert any(prompt.context for prompt in prompts) == (space is ACTIVATED)
+    replica.close()
 
 
 def test_samples_depend_on_their_example_alone_and_are_the_same_for_both_signs(

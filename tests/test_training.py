@@ -27,7 +27,10 @@ from orchestrator.seed_sync import Header, Ledger
 STEPS = 20
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"], "slots": 4}
 LOW_RANK = {"kind": "low_rank", "rank": 2, "slots": 2}
+ACTIVATED = {**LORA, "activation": "suffix"}
 PREFIX = {"kind": "prefix", "tokens": 3, "slots": 4}
+MARKED = "{sentence|strip} {*}It was {option}"
+MARKED_QUESTION = "{context} {*}so what was {question} It {option}"
 
 
 def batches(seed: int, size: int, num_rows: int) -> Iterator[list[int]]:
@@ -53,6 +56,10 @@ def trained_model(config: Config) -> tuple[torch.nn.Module, Mapping[str, torch.T
     adapter = LoraConfig(
         r=space.rank, lora_alpha=int(space.alpha), target_modules=list(space.targets)
     )
+    if space.activation == "suffix":
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        adapter.alora_invocation_tokens = tokenizer("It was").input_ids
+        adapter.task_type = "CAUSAL_LM"
     model = get_peft_model(model, adapter)
     factors = {
         name.removeprefix("base_model.model.").replace(".default", ""): value
@@ -167,6 +174,8 @@ def plain_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
         ("llama", "one_sided", "gaussian", {}),
         ("opt", "two_sided", "gaussian", LORA),
         ("llama", "one_sided", "rademacher", LORA),
+        ("llama", "two_sided", "gaussian", ACTIVATED),
+        ("opt", "one_sided", "rademacher", ACTIVATED),
         ("opt", "one_sided", "rademacher", PREFIX),
         ("llama", "two_sided", "gaussian", PREFIX),
         ("opt", "one_sided", "gaussian", {"kind": "low_rank", "rank": 2, "slots": 4}),
@@ -187,6 +196,8 @@ def test_twenty_steps_equal_the_plain_loop(
     values["model"]["path"] = str(model_folders[family])
     values["estimator"] |= {"kind": kind, "noise": drawn}
     values["space"] = space
+    if "activation" in space:
+        values["task"]["template"] = MARKED
     if space.get("kind") == "lora":  # as pitfalls go: an adapter wants larger steps
         values["estimator"] |= {"eps": 1e-2, "lr": 1e-2}
     if space.get("kind") == "prefix":  # larger ones yet
@@ -337,6 +348,8 @@ def replayed(
         (PREFIX, {}, "loss"),
         (LOW_RANK, {"kind": "es", "second_moment": 0.9, "momentum": 0.5}, "loss"),
         (LORA, {"eps": 0.3}, "f1"),
+        (ACTIVATED, {}, "loss"),
+        (ACTIVATED, {"eps": 0.3}, "f1"),
         (PREFIX, {"eps": 0.3}, "accuracy"),
     ],
 )
@@ -353,6 +366,8 @@ def test_slots_give_the_same_ledger_for_any_fleet_and_after_a_resume(
         rows = write_questions(tmp_path / "rows.jsonl", 50)
         values["task"] = {"preset": "squad", "train": {"path": str(rows)}, "holdout": 10}
         values["task"]["max_new_tokens"] = 8
+    if "activation" in space:
+        values["task"]["template"] = MARKED if objective == "loss" else MARKED_QUESTION
     values["task"]["objective"] = objective
     values["estimator"] |= {"num_seeds": 4, "lr": 1e-3, **estimator}
     values["run"]["steps"] = STEPS
