@@ -467,3 +467,8 @@ def test_tune_says_where_it_cannot_write(recipe_path: Path, tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     line = mistake("tune", recipe_path, "--out", tmp_path / "file" / "folder")
     assert "--out:" in line and "cannot be made" in line
+
+
+def test_verify_cache_is_a_key_of_the_recipe(recipe_path: Path) -> None:
+    told = mistake("train", recipe_path, "--verify-cache", "-1")
+    assert "run.verify_cache: -1 is not accepted" in told
