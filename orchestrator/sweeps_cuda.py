@@ -164,7 +164,10 @@ UPDATE_ONCE: dict[tuple[NoiseKind, torch.dtype], Tiling] = {
 }
 DIGEST = Tiling(GAUSSIAN_BLOCK, warps=8, rounds=4, chunks=4)
 # Tiles of low-rank noise span rows: what is read of a right factor serves all of them.
-LOW_RANK = Tiling(GAUSSIAN_BLOCK, warps=4, rounds=8, chunks=1, resident=4, rows=4, across=4)
+LOW_RANK: dict[torch.dtype, Tiling] = {
+    torch.float32: Tiling(GAUSSIAN_BLOCK, 4, rounds=8, chunks=1, resident=4, rows=4, across=4),
+    torch.bfloat16: Tiling(GAUSSIAN_BLOCK, 4, rounds=8, chunks=1, resident=5, rows=4, across=4),
+}
 
 
 class Variant(NamedTuple):
@@ -246,7 +249,8 @@ class Table:
 
     def low_rank_update(self, factors: Sequence[Factors], update: StepUpdate) -> None:
         check_counts([update])
-        for master, pair in zip(masters(self._slices), factors, strict=True):
+        stored = masters(self._slices)
+        for master, pair in zip(stored, factors, strict=True):
             check_factors(master, pair, len(update.seeds))
         ranks = {pair.left.shape[2] for pair in factors}
         if len(ranks) > 1:
@@ -260,7 +264,8 @@ class Table:
             numbers, count = self._numbers(draws, []), ctypes.c_int32(len(draws))
             once = Once(update, draws[0] if draws else Draw(0, 0.0), None)
             macros = {"RANK": rank, "ONE_DRAW": int(len(draws) == 1)}
-            for launched in self._cut(LOW_RANK, DECAYS=int(update.decay != 1), **macros):
+            tiling = LOW_RANK[stored[0].dtype]
+            for launched in self._cut(tiling, DECAYS=int(update.decay != 1), **macros):
                 self._point_at(launched, factors)
                 launched.run("low_rank_update", numbers.data_ptr(), count, once)
 

@@ -568,7 +568,7 @@ def test_cuda_kernels_compile_and_fuse_nothing(tmp_path: Path) -> None:
         *sweeps_cuda.PERTURB.values(),
         *sweeps_cuda.UPDATE.values(),
         *sweeps_cuda.UPDATE_ONCE.values(),
-        sweeps_cuda.LOW_RANK,
+        *sweeps_cuda.LOW_RANK.values(),
     }
     for tiling, stored, aligned in product(tilings, MASTERS, (False, True)):
         variant = sweeps_cuda.Variant(stored, torch.bfloat16, aligned)
