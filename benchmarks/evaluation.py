@@ -74,9 +74,9 @@ class Reference:
 
 def compare(config: Config, num_rows: int, turns: int) -> Row:
     """Both paths on the same rows, turn by turn."""
+    theirs = Reference(config, num_rows)  # which refuses rows, before there is a fleet
     fleet = LocalFleet(config, DEVICE)
     fleet.start()
-    theirs = Reference(config, num_rows)
     found: dict[str, Scores] = {}
 
     def ours() -> None:

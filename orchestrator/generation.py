@@ -372,7 +372,9 @@ class Generation:
     def _answer(self, row: Row) -> Continuation:
         assert row.ended is not None
         found = continuation(row.tokens, row.ended, self._decode, self._sampling.stop_strings)
-        return replace(found, num_reused=row.stem.num_reused)
+        stem = row.stem
+        is_first = row is stem.rows[0]  # what the stem computed counts once
+        return replace(found, num_reused=stem.num_reused if is_first else len(stem.prompt))
 
 
 def _adapter(entrant: Entrant) -> str | None:

@@ -222,7 +222,11 @@ def _range(metric: str, ends: Interval) -> str:
 
 
 def _value(metric: str, value: float) -> str:
-    return f"{value:.3f}" if metric in PLAIN else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+    return f"{value:.3f}" if metric in PLAIN else _percent(value)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _facts(story: Story) -> str:
@@ -274,14 +278,14 @@ def _course(history: History) -> str:
         latest = f"last {rate.values[-1]:,.3g}" if what == "probes" else f"{rate.values[-1]:,.0f}"
         figures.append(_figure(f"{what.capitalize()} a second", latest, svg))
     draw("num_dropped", "Dropped losses", ".0f", "seeds whose loss was not finite", from_zero=True)
-    note = f"below 1, and so mostly noise: {history.total('below_floor'):,.0f} steps"
     draw("lost_samples", "Lost samples", ".0f", "at which the reward failed", from_zero=True)
+    note = f"below 1, and so mostly noise: {history.total('below_floor'):,.0f} steps"
     draw("signal_to_noise", "Signal to noise of g", ".3g", note, smooth=True, from_zero=True)
     if asked := history.total("kv_asked"):
         shares = [history.total(f"kv_{where}") / asked for where in ("inside", "across")]
         note = (
-            f"share of prompt tokens not computed: {shares[0]:.1%} shared inside a forward, "
-            f"{shares[1]:.1%} found in the cache"
+            f"share of prompt tokens not computed: {_percent(shares[0])} shared inside a forward, "
+            f"{_percent(shares[1])} found in the cache"
         )
         draw("kv_reused_share", "KV reuse", ".2f", note, from_zero=True)
     if not figures:
@@ -343,10 +347,6 @@ def _result(story: Story) -> str:
         ("Tokens a second", f"{summary.trained_tokens_per_s:,.0f}"),
     ]
     return _card("Final table", _table(rows, numbers=True))
-
-
-def _with_range(metric: str, value: float, ends: Interval) -> str:
-    return f"{_value(metric, value)} <small>({_range(metric, ends).removesuffix(' %')})</small>"
 
 
 def _ledger(story: Story) -> str:

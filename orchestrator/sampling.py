@@ -60,7 +60,8 @@ class Continuation:
     ended: Ending
     """By a stop token or string, by `max_new_tokens`, or because logits were not finite."""
     num_reused: int = field(default=0, compare=False)
-    """Tokens of the prompt whose KV entries were found in the cache: not what followed, but how."""
+    """Tokens of the prompt whose KV entries were found in the cache, or were those of another row
+    with the same prompt: not what followed, but how."""
 
 
 def choose(

@@ -296,9 +296,11 @@ def test_an_empty_generation_is_judged_as_any_text(values: dict[str, Any]) -> No
     values["task"]["reward"]["function"] = "mine:nothing"
     replica = Replica(config(values), DEVICE)
     losses = replica.evaluate([], [Probe(0, 7, 1, 0.3, (0, 1))])
+    # A prompt is computed once for all of its samples.
+    size = sum(len(prompt.tokens) for prompt in replica._prompts("train", (0, 1)))
+    asked, spared = SAMPLES * size, (SAMPLES - 1) * size
+    assert losses == [ProbeLoss(-0.5, size, asked, spared, (-0.5, -0.5), (0, 0, 0, 0, 0))]
     replica.close()
-    size = losses[0].num_tokens
-    assert losses == [ProbeLoss(-0.5, size, size, parts=(-0.5, -0.5), lost=(0, 0, 0, 0, 0))]
 
 
 def test_a_function_that_cannot_be_imported_there_stops_the_run(values: dict[str, Any]) -> None:
