@@ -43,8 +43,8 @@ DEATHS = (
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.NodeDiedError,
 )
-# Exceptions in a replica, by name, for torch's are not known here, that are the machine's doing
-# and not the recipe's: memory that ran out, a GPU that fell off.
+# Exceptions in a replica that are the machine's doing: memory that ran out, a GPU that fell off.
+# By name, for torch's are not known here.
 MACHINE_FAILURES = ("MemoryError", "OutOfMemoryError", "AcceleratorError")
 
 
@@ -96,8 +96,8 @@ class _Seat:
     number: int
     actor: Any = None
     state: Literal["placing", "loading", "ready", "empty"] = "empty"
-    pending: Any = None
-    """Reference of the one call that the actor has not answered."""
+    kind: str = ""
+    """Of the task that the actor computes, or computed last."""
     since: float = 0.0
     """When the state began."""
     failures: int = 0
@@ -128,9 +128,12 @@ class ActorFleet:
         self._updates = UpdateLog()
         self._dispatcher = Dispatcher(limits, time.monotonic)
         self._info: ReplicaInfo | None = None
+        self._pending: dict[Any, _Seat] = {}  # calls that are not answered, one an actor
         self._answers: dict[int, Any] = {}
+        self._proven: set[str] = set()  # kinds of tasks that some replica has answered
         self._has_started = False
         self._last_loss = ""
+        self._reason = ""  # what a round is for, if the user is to be told
         self._last_news = 0.0
 
     # ---------------------------------------------------------------- life
@@ -271,10 +274,18 @@ class ActorFleet:
         return self._digests()
 
     def _digests(self) -> dict[str, str]:
-        return self._each("digest", lambda seat: seat.actor.digest.remote(self._missing(seat)))
+        return self._each(
+            "digest",
+            lambda seat: seat.actor.digest.remote(self._missing(seat)),
+            "to catch up and compute its digest",
+        )
 
     def export(self, folder: Path) -> None:
-        self._each("export", lambda seat: seat.actor.export.remote(self._missing(seat), folder))
+        self._each(
+            "export",
+            lambda seat: seat.actor.export.remote(self._missing(seat), folder),
+            "to replay the ledger and write the model",
+        )
 
     def _missing(self, seat: _Seat) -> list[StepUpdate]:
         missing = self._updates[seat.num_applied :]
@@ -286,49 +297,45 @@ class ActorFleet:
     ) -> list[Any]:
         """Tasks on whichever replicas are free; answers, which are lists, joined in their order."""
         self._dispatcher.begin(kind, sizes)
-        self._finish(call)
+        self._finish(kind, call)
         return [answer for task in range(len(sizes)) for answer in self._answers[task]]
 
-    def _each(self, kind: str, call: Callable[[_Seat], Any]) -> dict[str, Any]:
-        """One answer of every replica that is up and stays so; of one at least."""
+    def _each(self, kind: str, call: Callable[[_Seat], Any], reason: str) -> dict[str, Any]:
+        """One answer of every replica that is up and stays so; of one at least. The user is told
+        what is waited for and why."""
         while True:
             numbers = self._dispatcher.begin_each(kind)
-            self._finish(lambda seat, _: call(seat))
+            self._finish(kind, lambda seat, _: call(seat), reason)
             if self._answers:
                 names = {task: self._seats[number].name for task, number in enumerate(numbers)}
                 return {names[task]: self._answers[task] for task in sorted(self._answers)}
             self._attend()
 
-    def _finish(self, call: Callable[[_Seat, int], Any]) -> None:
+    def _finish(self, kind: str, call: Callable[[_Seat, int], Any], reason: str = "") -> None:
         """See the round through that the dispatcher has begun."""
-        self._answers = {}
+        self._answers, self._reason = {}, reason
         self._last_news = time.monotonic()
         while not self._dispatcher.is_done:
             for number, task in self._dispatcher.assign():
                 seat = self._seats[number]
-                seat.pending = call(seat, task)
+                seat.kind = kind
+                self._pending[call(seat, task)] = seat
             self._attend()
 
     # ---------------------------------------------------------------- replicas come and go
 
     def _attend(self) -> None:
         """Sleep until something has happened, and see to it."""
-        pending = {seat.pending: seat for seat in self._seats if seat.pending is not None}
-        for reference in _ready(list(pending), self._dispatcher.pause()):
-            seat = pending[reference]
-            seat.pending = None
+        for reference in _ready(list(self._pending), self._dispatcher.pause()):
+            seat = self._pending.pop(reference)
             try:
-                self._take(seat, _result(seat, reference))
+                self._take(seat, _result(seat, reference, self._is_proven(seat)))
             except _Lost as error:
                 self._lose(seat, error)
-            except (ConfigError, FleetError) as error:
-                if seat.state != "loading" or not self._has_started:
-                    raise
-                self._lose(seat, _Lost(f"cannot be started: {error}"))
         for number in self._dispatcher.overdue():
             self._lose(self._seats[number], _Lost("did not answer in time"))
         now = time.monotonic()
-        for seat in self._seats:
+        for seat in [seat for seat in self._seats if seat.state != "ready"]:
             if seat.state == "loading" and now - seat.since > self._limits.first_call_s:
                 self._lose(seat, _Lost("did not load in time"))
             if seat.state == "empty" and now - seat.since >= pause_before_attempt(seat.failures):
@@ -340,20 +347,28 @@ class ActorFleet:
             self._last_news = now
             self._tell_what_is_awaited()
 
+    def _is_proven(self, seat: _Seat) -> bool:
+        """Whether what the seat's actor is doing is known to succeed where nothing is broken."""
+        return seat.kind in self._proven if seat.state == "ready" else self._has_started
+
     def _take(self, seat: _Seat, answer: Any) -> None:
         """What an actor has answered, be it a task's or one on the way to its first."""
         if seat.state == "placing":
             seat.state, seat.since = "loading", time.monotonic()
-            seat.pending = seat.actor.load.remote(*self._load_arguments)
+            self._pending[seat.actor.load.remote(*self._load_arguments)] = seat
         elif seat.state == "loading":
             if self._info is None:
                 self._info = answer
             elif answer != self._info:
-                raise FleetError(f"{seat.name} differs from the others: {answer}, {self._info}")
+                difference = f"differs from the others: {answer}, {self._info}"
+                if not self._has_started:
+                    raise FleetError(f"{seat.name} {difference}")
+                raise _Lost(difference)
             seat.state, seat.since = "ready", time.monotonic()
             self._dispatcher.join(seat.number)
         else:
             seat.failures = 0
+            self._proven.add(seat.kind)
             task = self._dispatcher.answered(seat.number)
             if task is not None:
                 self._answers[task] = answer
@@ -362,7 +377,7 @@ class ActorFleet:
         """Ask for an actor. It stands at the base model: its first call brings all updates."""
         seat.actor, seat.num_applied = self._create.remote(), 0
         seat.state, seat.since = "placing", time.monotonic()
-        seat.pending = seat.actor.__ray_ready__.remote()
+        self._pending[seat.actor.__ray_ready__.remote()] = seat
 
     def _lose(self, seat: _Seat, reason: _Lost) -> None:
         """Give a replica up, dead or not, and have it replaced; it held nothing that is lost."""
@@ -370,7 +385,8 @@ class ActorFleet:
         self._last_loss = f"{seat.name} {reason}"
         ray.kill(seat.actor)
         was_ready = seat.state == "ready"
-        seat.actor = seat.pending = None
+        seat.actor = None
+        self._pending = {call: other for call, other in self._pending.items() if other is not seat}
         seat.state, seat.since = "empty", time.monotonic()
         seat.failures += 1
         if was_ready:
@@ -385,14 +401,16 @@ class ActorFleet:
         self._say(f"{self._last_loss}; starting it anew, going on with {left}")
 
     def _tell_what_is_awaited(self) -> None:
-        names = {
-            state: ", ".join(seat.name for seat in self._seats if seat.state == state)
-            for state in ("placing", "loading")
-        }
-        if names["placing"]:
-            self._say(f"waiting for {names['placing']} {_free_resources()}")
-        if names["loading"]:
-            self._say(f"waiting for {names['loading']} to load the model")
+        """Not of replicas that come back while others go on."""
+        if self._dispatcher.replicas and self._has_started:
+            computing = [seat.name for seat in self._pending.values() if seat.state == "ready"]
+            if self._reason and computing:
+                self._say(f"waiting for {', '.join(sorted(computing))} {self._reason}")
+            return
+        for state, reason in (("placing", _free_resources()), ("loading", "to load the model")):
+            names = [seat.name for seat in self._seats if seat.state == state]
+            if names:
+                self._say(f"waiting for {', '.join(names)} {reason}")
 
 
 def _ready(references: list[Any], timeout: float) -> list[Any]:
@@ -428,20 +446,25 @@ def _free_resources() -> str:
     )
 
 
-def _result(seat: _Seat, reference: Any) -> Any:
-    """A call's answer. Raises _Lost if the replica or its machine failed; what else went wrong in
-    the replica is told as it was there."""
+def _result(seat: _Seat, reference: Any, is_proven: bool) -> Any:
+    """A call's answer. Raises _Lost if the replica's process or machine failed.
+
+    What else went wrong in the replica is told as it was there. So is memory that runs out, unless
+    the call `is_proven`, for that may be the recipe's doing. To load is proven once a fleet has.
+    """
     try:
         return ray.get(reference)
     except DEATHS as error:
         raise _Lost("died") from error
     except ray.exceptions.RayTaskError as error:
         cause = error.cause or error
-        if type(cause).__name__ in MACHINE_FAILURES:
-            raise _Lost(f"failed with {type(cause).__name__}") from error
+        what = f"{type(cause).__name__}: {cause}"
+        is_machine = type(cause).__name__ in MACHINE_FAILURES or seat.state == "loading"
+        if is_proven and is_machine:
+            raise _Lost(f"failed with {what}") from error
         if isinstance(cause, ConfigError):
             raise cause from None
-        raise FleetError(f"{seat.name}: {type(cause).__name__}: {cause}") from error
+        raise FleetError(f"{seat.name}: {what}") from error
 
 
 def _environment(threads: int) -> dict[str, str]:

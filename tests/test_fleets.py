@@ -227,7 +227,7 @@ def in_actor(fleet: actors.ActorFleet, number: int, call: Callable[[Any], Any]) 
 def recover(fleet: actors.ActorFleet) -> None:
     """Wait until all replicas are up, and have answered all that they were asked."""
     deadline = time.monotonic() + 120
-    while any(seat.state != "ready" or seat.pending for seat in fleet._seats):
+    while fleet._pending or any(seat.state != "ready" for seat in fleet._seats):
         assert time.monotonic() < deadline
         fleet._attend()
 
@@ -319,6 +319,50 @@ def test_a_replica_that_differs_is_rebuilt(
             True,
         ]
         assert set(three.digests()) == {"replica 0", "replica 1", "replica 2"}
+
+
+def test_replicas_that_still_differ_end_the_run(
+    long_recipe: dict[str, Any], tmp_path: Path, undisturbed: Path
+) -> None:
+    """In one process nothing is rebuilt. Those that differ from most are named, or all."""
+    values = {**long_recipe, "fleet": {**long_recipe["fleet"], "num_replicas": 3}}
+    config = Config.model_validate(values)
+    fleet = LocalFleet(config, DEVICE)
+    fleet.start()
+    header, _ = Ledger.read(undisturbed / "ledger.jsonl")
+    with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
+        batches = Batches(config, 40)
+        lone = Driver(config, fleet, ledger, [], batches=batches, num_test=50)
+        agreed = lone.check_digests()
+        fleet._replicas[1].digest([StepUpdate(0, (5,), (1e-3,), 1.0)])
+        with pytest.raises(FleetError, match=r"trained state of replica 1 differs") as caught:
+            lone.check_digests()
+        assert agreed in str(caught.value)
+        fleet._replicas[2].digest([StepUpdate(0, (6,), (1e-3,), 1.0)])
+        with pytest.raises(FleetError, match="states of replica 0, replica 1, replica 2 differ"):
+            lone.check_digests()
+    fleet.close()
+
+
+def test_auto_fills_what_the_cluster_has(recipe: dict[str, Any], cluster: str) -> None:
+    def number(**section: Any) -> int:
+        values = {**recipe, "fleet": {"kind": "ray", "num_replicas": "auto", **section}}
+        said: list[str] = []
+        fleet = actors.ActorFleet(Config.model_validate(values), Path("log"), said.append)
+        fleet._connect()
+        return fleet._num_replicas("cpu")
+
+    assert number(threads_per_replica=2) == 2
+    assert number(threads_per_replica=3) == 1
+    assert number(num_replicas=9) == 9
+    with pytest.raises(ConfigError, match=r"num_replicas: auto: no node .* with 5 CPUs"):
+        number(threads_per_replica=5)
+
+
+@pytest.mark.parametrize(("share", "room"), [(1, 2), (0.5, 4), (0.3, 6), (0.1, 20)])
+def test_a_replica_lies_on_one_gpu(share: float, room: int) -> None:
+    assert actors._room_on_gpus({"GPU": 2.0}, share) == room
+    assert actors._room_on_gpus({"CPU": 64.0}, share) == 0
 
 
 def test_a_mistake_that_only_a_replica_sees_is_told_as_one(fleets: Fleets) -> None:
