@@ -400,9 +400,22 @@ class FleetSection(Section):
 
     kind: Literal["ray", "local"] = "ray"
     """ray: one actor a replica. local: in this process, for tests and small runs."""
-    num_replicas: Positive = 1
+    num_replicas: int | Literal["auto"] = 1
+    """auto: as many as the cluster has room for; of kind local, one."""
+    gpus_per_replica: Annotated[float, Field(gt=0, le=1)] = 1
+    """ray: share of a GPU that a replica takes; replicas that share one share its memory, too."""
     threads_per_replica: Positive = 1
     """CPU threads of a replica; part of the run's identity, since it orders float sums."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number(cls, values: Any) -> Any:
+        number = values.get("num_replicas", 1) if isinstance(values, dict) else 1
+        if number != "auto" and (type(number) is not int or number < 1):
+            raise ValueError(
+                f"num_replicas: {number!r} is not accepted: it is a number from 1, or auto"
+            )
+        return values
 
 
 class Run(Section):

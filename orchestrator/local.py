@@ -34,7 +34,8 @@ class LocalFleet:
         self._applied: list[int] = []
 
     def start(self) -> ReplicaInfo:
-        for _ in range(self._config.fleet.num_replicas):
+        number = self._config.fleet.num_replicas
+        for _ in range(1 if number == "auto" else number):
             self._replicas.append(Replica(self._config, self._device))
             self._applied.append(0)
         return self._replicas[0].info

@@ -183,15 +183,5 @@ def example_chunks(examples: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(examples[start : start + EXAMPLES_PER_CHUNK]) for start in starts]
 
 
-def taken_next(waiting: Sequence[int], seat: int, num_seats: int) -> int:
-    """Which of the waiting assignments a free replica takes: the first of its own, or of others'.
-
-    So at each look a replica meets the same held-out examples again, and finds in its cache what
-    is exact for all looks; and none is idle while there is work.
-    """
-    own = [number for number in waiting if number % num_seats == seat]
-    return own[0] if own else waiting[0]
-
-
 class FleetError(RuntimeError):
     """The run cannot go on: no replica is left, or replicas disagree. The ledger is whole."""

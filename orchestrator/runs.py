@@ -88,7 +88,8 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
             f"{culprit}: the run in {folder} has steps that depend on this key; what may change is "
             "model.path, model.device, space.init, task.train, task.test, task.label_names, "
             "task.unconditional, task.reward.path, task.reward.timeout, task.reward.workers, "
-            "task.reward.environment, fleet.kind, fleet.num_replicas, run.eval_every, "
+            "task.reward.environment, fleet.kind, fleet.num_replicas, fleet.gpus_per_replica, "
+            "run.eval_every, "
             "run.eval_examples, run.check_every, run.verify_cache and, with "
             "model.score_graphs=false, space.master between float32 and host"
         )
@@ -495,8 +496,11 @@ def _started_fleet(run: Run, log: Path, say: Say) -> Iterator[tuple[Fleet, Repli
     """A fleet whose replicas all stand at the base model, and see this process's data."""
     config = run.config
     _prepare_model(config, say)
-    num_replicas = config.fleet.num_replicas
-    say(f"starting {num_replicas} {config.fleet.kind} replica{'s' * (num_replicas > 1)} ...")
+    number, kind = config.fleet.num_replicas, config.fleet.kind
+    if number == "auto":
+        say(f"starting {kind} replicas ...")
+    else:
+        say(f"starting {number} {kind} replica{'s' * (number > 1)} ...")
     fleet = _make_fleet(config, log, say)
     try:
         info = fleet.start()

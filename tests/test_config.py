@@ -238,3 +238,14 @@ def test_no_recipe_names_an_address_or_a_place_of_one_machine() -> None:
 
 def test_config_is_the_only_model_of_a_recipe() -> None:
     assert set(Config.model_fields) == {"model", "space", "estimator", "task", "fleet", "run"}
+
+
+def test_the_fleets_size_is_a_number_or_auto() -> None:
+    assert load(DEMO, ["fleet.num_replicas=auto"]).fleet.num_replicas == "auto"
+    assert load(DEMO, ["fleet.gpus_per_replica=0.5"]).fleet.gpus_per_replica == 0.5
+    for value in ("0", "all", "1.5", "true"):
+        with pytest.raises(ConfigError, match=r"fleet\.num_replicas: .* a number from 1, or auto"):
+            load(DEMO, [f"fleet.num_replicas={value}"])
+    for value in ("0", "1.5"):
+        with pytest.raises(ConfigError, match=r"fleet\.gpus_per_replica: .* is not accepted"):
+            load(DEMO, [f"fleet.gpus_per_replica={value}"])

@@ -24,8 +24,10 @@ from test_training import MARKED, train
 from orchestrator import actors
 from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError
+from orchestrator.dispatch import Limits
 from orchestrator.driver import Driver
 from orchestrator.local import LocalFleet
+from orchestrator.metrics import Evaluation, StepMetrics
 from orchestrator.records import FleetError, Probe, StepUpdate
 from orchestrator.seed_sync import Ledger
 
@@ -202,22 +204,37 @@ Fleets = Callable[..., actors.ActorFleet]
 def fleets(recipe: dict[str, Any], tmp_path: Path, cluster: str) -> Iterator[Fleets]:
     made = []
 
-    def make(num_replicas: int, **task: Any) -> actors.ActorFleet:
+    def make(num_replicas: int, limits: Limits = Limits(), **task: Any) -> actors.ActorFleet:  # noqa: B008
         needs_devices(num_replicas)
         values = {
             **recipe,
             "task": {**recipe["task"], **task},
             "fleet": {"kind": "ray", "num_replicas": num_replicas},
+            "run": {**recipe["run"], "steps": STEPS},
         }
+        config = Config.model_validate(values)
         said: list[str] = []
-        made.append(actors.ActorFleet(Config.model_validate(values), tmp_path / "log", said.append))
+        made.append(actors.ActorFleet(config, tmp_path / "log", said.append, limits))
         made[-1].start()
         return made[-1]
 
     yield make
     for each in made:
         for seat in each._seats:
-            ray.kill(seat.actor)
+            if seat.actor is not None:
+                ray.kill(seat.actor)
+
+
+def in_actor(fleet: actors.ActorFleet, number: int, call: Callable[[Any], Any]) -> Any:
+    return ray.get(fleet._seats[number].actor.__ray_call__.remote(call))
+
+
+def recover(fleet: actors.ActorFleet) -> None:
+    """Wait until all replicas are up, and have answered all that they were asked."""
+    deadline = time.monotonic() + 120
+    while fleet._pending or any(seat.state != "ready" for seat in fleet._seats):
+        assert time.monotonic() < deadline
+        fleet._attend()
 
 
 def probes(step: int) -> list[Probe]:
@@ -225,39 +242,132 @@ def probes(step: int) -> list[Probe]:
 
 
 def test_the_work_of_a_dead_actor_is_done_by_the_others(fleets: Fleets) -> None:
-    three = fleets(3)
-    expected = three.evaluate(probes(0))
-    agreed = set(three.digests().values())
-    ray.kill(three._seats[0].actor)
-    assert three.evaluate(probes(0)) == expected
-    ray.kill(three._seats[0].actor)
-    assert three.digests() == {"replica 2": agreed.pop()}
-    three.apply(StepUpdate(0, (5,), (0.5,), 1.0))
-    assert three.evaluate(probes(1)) != expected
-    ray.kill(three._seats[0].actor)
-    with pytest.raises(FleetError, match="replica 2 died, and no replica is left"):
-        three.evaluate(probes(1))
+    """Until there are none, and no patience to wait for one."""
+    two = fleets(2, Limits(patience_s=0.0))
+    expected = two.evaluate(probes(0))
+    agreed = set(two.digests().values())
+    ray.kill(two._seats[0].actor)
+    assert two.evaluate(probes(0)) == expected
+    assert agreed == {two.digests()["replica 1"]}
+    two.apply(StepUpdate(0, (5,), (0.5,), 1.0))
+    assert two.evaluate(probes(1)) != expected
+    for seat in two._seats:
+        ray.kill(seat.actor)
+    with pytest.raises(FleetError, match=r"replica \d died, and no replica is left"):
+        two.evaluate(probes(1))
 
 
-def test_a_replica_that_differs_is_named(fleets: Fleets, tmp_path: Path, undisturbed: Path) -> None:
+class Trouble:
+    """Things that are done to a fleet once so many steps are taken."""
+
+    def __init__(self, events: dict[int, Callable[[], None]]) -> None:
+        self.events = events
+
+    def step(self, step: StepMetrics) -> None:
+        self.events.pop(step.step, lambda: None)()
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        pass
+
+
+def driver(fleet: actors.ActorFleet, ledger: Ledger, *observers: Trouble) -> Driver:
+    batches = Batches(fleet._config, 40)
+    return Driver(fleet._config, fleet, ledger, observers, batches=batches, num_test=50)
+
+
+def test_a_run_goes_on_when_actors_are_killed_and_hang(
+    fleets: Fleets, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Both come back, catch up by replay, and the ledger is the undisturbed run's."""
+    two = fleets(2, Limits(deadline_floor_s=3.0))
+    actors_at_first = [seat.actor for seat in two._seats]
+
+    def send(sent: signal.Signals, number: int) -> None:
+        os.kill(in_actor(two, number, lambda _: os.getpid()), sent)
+
+    trouble = Trouble(
+        {
+            4: lambda: send(signal.SIGKILL, 0),
+            7: lambda: recover(two),
+            10: lambda: send(signal.SIGSTOP, 1),
+            16: lambda: recover(two),
+        }
+    )
+    header, _ = Ledger.read(undisturbed / "ledger.jsonl")
+    with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
+        driver(two, ledger, trouble).train()
+    assert not trouble.events
+    assert step_lines(tmp_path) == step_lines(undisturbed)
+    assert all(seat.actor not in actors_at_first for seat in two._seats)
+    digests = two.digests()
+    assert list(digests) == ["replica 0", "replica 1"]
+    assert len(set(digests.values())) == 1
+
+
+def test_a_replica_that_differs_is_rebuilt(
+    fleets: Fleets, tmp_path: Path, undisturbed: Path
+) -> None:
     three = fleets(3)
     ledger_path = tmp_path / "ledger.jsonl"
     ledger_path.write_bytes((undisturbed / "ledger.jsonl").read_bytes())
     header, _ = Ledger.read(ledger_path)
     with Ledger.open(ledger_path, header) as ledger:
-        driver = Driver(
-            three._config, three, ledger, [], batches=Batches(three._config, 40), num_test=50
-        )
-        agreed = driver.check_digests()
+        resumed = driver(three, ledger)
+        agreed = resumed.check_digests()
+        before = [seat.actor for seat in three._seats]
         rogue = StepUpdate(ledger.next_step, (5,), (1e-6,), 1.0)
-        ray.get(three._seats[1].actor.digest.remote([rogue]))
+        in_actor(three, 1, lambda actor: actor._replica.space.apply(rogue))
+        assert resumed.check_digests() == agreed
+        assert [seat.actor is old for seat, old in zip(three._seats, before, strict=True)] == [
+            True,
+            False,
+            True,
+        ]
+        assert set(three.digests()) == {"replica 0", "replica 1", "replica 2"}
+
+
+def test_replicas_that_still_differ_end_the_run(
+    long_recipe: dict[str, Any], tmp_path: Path, undisturbed: Path
+) -> None:
+    """In one process nothing is rebuilt. Those that differ from most are named, or all."""
+    values = {**long_recipe, "fleet": {**long_recipe["fleet"], "num_replicas": 3}}
+    config = Config.model_validate(values)
+    fleet = LocalFleet(config, DEVICE)
+    fleet.start()
+    header, _ = Ledger.read(undisturbed / "ledger.jsonl")
+    with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
+        batches = Batches(config, 40)
+        lone = Driver(config, fleet, ledger, [], batches=batches, num_test=50)
+        agreed = lone.check_digests()
+        fleet._replicas[1].digest([StepUpdate(0, (5,), (1e-3,), 1.0)])
         with pytest.raises(FleetError, match=r"trained state of replica 1 differs") as caught:
-            driver.check_digests()
+            lone.check_digests()
         assert agreed in str(caught.value)
-        ray.kill(three._seats[0].actor)
-        three.score("test", range(50))  # notices
-        with pytest.raises(FleetError, match="states of replica 1, replica 2 differ"):
-            driver.check_digests()
+        fleet._replicas[2].digest([StepUpdate(0, (6,), (1e-3,), 1.0)])
+        with pytest.raises(FleetError, match="states of replica 0, replica 1, replica 2 differ"):
+            lone.check_digests()
+    fleet.close()
+
+
+def test_auto_fills_what_the_cluster_has(recipe: dict[str, Any], cluster: str) -> None:
+    def number(**section: Any) -> int:
+        values = {**recipe, "fleet": {"kind": "ray", "num_replicas": "auto", **section}}
+        said: list[str] = []
+        fleet = actors.ActorFleet(Config.model_validate(values), Path("log"), said.append)
+        fleet._connect()
+        return fleet._num_replicas("cpu")
+
+    assert number(threads_per_replica=2) == 2
+    assert number(threads_per_replica=3) == 1
+    assert number(num_replicas=9) == 9
+    with pytest.raises(ConfigError, match=r"num_replicas: auto: no node .* with 5 CPUs"):
+        number(threads_per_replica=5)
+
+
+@pytest.mark.parametrize(("share", "room"), [(1, 2), (0.5, 4), (0.3, 6), (0.1, 20)])
+def test_a_replica_lies_on_one_gpu(share: float, room: int) -> None:
+    assert actors._room_on_gpus({"GPU": 2.0}, share) == room
+    assert actors._room_on_gpus({"CPU": 64.0}, share) == 0
 
 
 def test_a_mistake_that_only_a_replica_sees_is_told_as_one(fleets: Fleets) -> None:

@@ -1,12 +1,11 @@
 """The fleets' memory of updates: the same ones, in little space; and who takes what is next."""
 
-import itertools
 import random
 import sys
 
 import pytest
 
-from orchestrator.records import StepUpdate, UpdateLog, taken_next
+from orchestrator.records import StepUpdate, UpdateLog
 
 
 def test_a_log_gives_the_updates_that_were_appended() -> None:
@@ -38,20 +37,3 @@ def test_a_log_is_small() -> None:
         log.append(StepUpdate(step, tuple(range(16)), (0.5,) * 16, 1.0))
     size = sum(map(sys.getsizeof, (log._seeds, log._coefficients, log._decays, log._ends)))
     assert size < 1.2 * 2000 * (16 * 16 + 24)
-
-
-def test_a_free_replica_takes_its_own_share_first_and_then_others() -> None:
-    """At an even pace always the same replica takes a chunk; at any pace none is left."""
-
-    def takers(pace: list[int]) -> dict[int, int]:
-        waiting, found = list(range(11)), {}
-        for seat in itertools.islice(itertools.cycle(pace), 11):
-            number = taken_next(waiting, seat, 3)
-            waiting.remove(number)
-            found[number] = seat
-        return found
-
-    assert takers([0, 1, 2]) == {number: number % 3 for number in range(11)}
-    hurried = takers([2, 0, 2, 2, 1])
-    assert sorted(hurried) == list(range(11))
-    assert all(hurried[number] == 2 for number in (2, 5, 8))

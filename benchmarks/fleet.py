@@ -1,0 +1,175 @@
+"""The fleet's policy over simulated replicas: what a step costs to schedule, and what it spares.
+
+  .venv/bin/python -m benchmarks.fleet [--replicas 1 4 16 64 256] [--steps 50]
+
+Replicas are simulated in virtual time: each answers after a drawn delay with a long tail. The cost
+is real: the processor time that `dispatch` takes for a step, four tasks a replica. What Ray takes
+to carry a call is not in it.
+"""
+
+import argparse
+import heapq
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from orchestrator import environment
+from orchestrator.dispatch import Dispatcher, Limits
+
+environment.prepare(threads=1)
+
+from benchmarks import measure  # noqa: E402
+
+TASKS_PER_REPLICA = 4
+START_S = 60.0  # virtual: to start a replica anew
+PATIENT = Limits(slow_factor=float("inf"), deadline_factor=float("inf"))  # never acts on a delay
+
+Delay = Callable[[random.Random], float]
+
+
+def long_tailed(draw: random.Random) -> float:
+    """Seconds: around 1, and for one call in fifty up to 20."""
+    return draw.uniform(0.9, 1.1) + (draw.uniform(1, 20) if draw.random() < 0.02 else 0.0)
+
+
+@dataclass
+class Simulation:
+    """A fleet of replicas that answer late, stall or die."""
+
+    num_replicas: int
+    delay: Delay = long_tailed
+    limits: Limits = Limits()
+    stall: float = 0.0
+    """Probability that a call is never answered."""
+    death: float = 0.0
+    """Probability that a replica dies half way through a call."""
+    seed: int = 0
+    now: float = 0.0
+    cost: float = 0.0
+    """Processor seconds spent in the policy."""
+    num_deaths: int = 0
+    num_given_up: int = 0
+    events: list[tuple[float, int, str, int, int]] = field(default_factory=list)
+    """Time, a number that breaks ties, what happens, to which replica, in which of its lives."""
+
+    def __post_init__(self) -> None:
+        self.draw = random.Random(self.seed)
+        self.dispatcher = Dispatcher(self.limits, lambda: self.now)
+        self.lives = [0] * self.num_replicas
+        self.num_events = 0
+        for replica in range(self.num_replicas):
+            self.dispatcher.join(replica)
+
+    def step(self, num_tasks: int) -> tuple[list[int], float]:
+        """A round: how often each task was answered, in order, and the virtual seconds it took."""
+        started = self.now
+        answers = [0] * num_tasks
+        self.dispatcher.begin("evaluate", [1] * num_tasks)
+        while not self.dispatcher.is_done:
+            with self._counted():
+                pairs, pause = self.dispatcher.assign(), self.dispatcher.pause()
+            for replica, _ in pairs:
+                self._start_call(replica)
+            self._sleep(pause)
+            while self.events and self.events[0][0] <= self.now:
+                _, _, what, replica, life = heapq.heappop(self.events)
+                if life == self.lives[replica]:  # not of one that was given up
+                    self._happen(what, replica, answers)
+            with self._counted():
+                overdue = self.dispatcher.overdue()
+            for replica in overdue:
+                self.num_given_up += 1
+                self._lose(replica)
+        return answers, self.now - started
+
+    def _happen(self, what: str, replica: int, answers: list[int]) -> None:
+        if what == "answer":
+            with self._counted():
+                task = self.dispatcher.answered(replica)
+            if task is not None:
+                answers[task] += 1
+        elif what == "death":
+            self.num_deaths += 1
+            self._lose(replica)
+        else:
+            self.dispatcher.join(replica)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        started = time.thread_time()
+        yield
+        self.cost += time.thread_time() - started
+
+    def _start_call(self, replica: int) -> None:
+        delay, chance = self.delay(self.draw), self.draw.random()
+        if chance < self.death:
+            self._schedule(delay / 2, "death", replica)
+        elif chance >= self.death + self.stall:
+            self._schedule(delay, "answer", replica)
+
+    def _schedule(self, delay: float, what: str, replica: int) -> None:
+        self.num_events += 1
+        event = (self.now + delay, self.num_events, what, replica, self.lives[replica])
+        heapq.heappush(self.events, event)
+
+    def _sleep(self, pause: float) -> None:
+        """Until something happens, but no longer than so many seconds."""
+        until = self.now + pause
+        self.now = min(until, self.events[0][0]) if self.events else until
+
+    def _lose(self, replica: int) -> None:
+        self.lives[replica] += 1
+        self.dispatcher.lost(replica)
+        self._schedule(START_S, "start", replica)
+
+
+def cost(num_replicas: int, num_steps: int) -> float:
+    """Median processor seconds that the policy takes for a step."""
+    simulation = Simulation(num_replicas)
+    costs = []
+    for _ in range(num_steps):
+        simulation.cost = 0.0
+        simulation.step(TASKS_PER_REPLICA * num_replicas)
+        costs.append(simulation.cost)
+    return statistics.median(costs)
+
+
+def step_times(num_replicas: int, num_steps: int, limits: Limits) -> list[float]:
+    """Virtual seconds of each step."""
+    simulation = Simulation(num_replicas, limits=limits)
+    return [simulation.step(TASKS_PER_REPLICA * num_replicas)[1] for _ in range(num_steps)]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--steps", type=int, default=50)
+    arguments = parser.parse_args()
+    rows = []
+    for num_replicas in arguments.replicas:
+        with_policy = step_times(num_replicas, arguments.steps, Limits())
+        without = step_times(num_replicas, arguments.steps, PATIENT)
+        rows.append(
+            {
+                "replicas": num_replicas,
+                "cost, ms": 1e3 * cost(num_replicas, arguments.steps),
+                "step, s": statistics.median(with_policy),
+                "p95, s": percentile(with_policy, 0.95),
+                "patient, s": statistics.median(without),
+                "patient p95, s": percentile(without, 0.95),
+            }
+        )
+    print(measure.header())
+    measure.print_table(list(rows[0]), [list(row.values()) for row in rows])
+    print(f"written to {measure.write_results('fleet', rows)}")
+
+
+if __name__ == "__main__":
+    main()

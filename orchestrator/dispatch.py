@@ -1,0 +1,287 @@
+"""Who computes what next, and which call is given up: the fleet's policy, in pure code.
+
+Owns the queue of a round, the calls that run, and what the fleet's own times say of them. Replicas
+and tasks are numbers, the clock is handed in; knows nothing of Ray, of probes, or of how a replica
+is killed or started. Whatever it decides costs time alone: a task's answer is the same whoever
+computes it, and each task is answered once.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+MIN_KNOWN = 8  # calls of a kind before their median counts for anything
+RECENT = 512  # calls of a kind that the median is over: two of each replica of a large fleet
+MOST_COPIES = 3  # of a task at a time: one in two thousand is slow twice where one in fifty is once
+PULSE_S = 1.0  # longest sleep between two looks at what is late
+LONGEST_PAUSE_S = 300.0  # between two attempts to start a replica
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much patience the fleet has."""
+
+    slow_factor: float = 2.0
+    """What takes so many times the median is computed once more by a replica that would be idle.
+    Below it a copy would rarely answer first, and would keep its replica from the next step's
+    work."""
+    deadline_factor: float = 10.0
+    """A call that takes so many times the median is given up, and its replica replaced."""
+    deadline_floor_s: float = 30.0
+    """But not before this: to start a replica takes as long, and so may a busy disk or network."""
+    first_call_s: float = 1800.0
+    """For a replica to load, and for its first call of a kind, which compiles, captures and
+    replays the ledger."""
+    patience_s: float = 600.0
+    """For a fleet of which nothing is left to get a replica back."""
+    most_losses: int = 4
+    """A task that was lost so often is taken to be what kills its replicas."""
+
+
+class TaskLost(Exception):
+    """A task has taken too many replicas with it."""
+
+
+class _Times:
+    """Seconds a unit of work of the latest calls, with their median at hand."""
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque()
+        self._ordered: list[float] = []
+
+    def add(self, value: float) -> None:
+        self._latest.append(value)
+        insort(self._ordered, value)
+        if len(self._latest) > RECENT:
+            del self._ordered[bisect_left(self._ordered, self._latest.popleft())]
+
+    @property
+    def median(self) -> float | None:
+        """None while too few calls are known."""
+        if len(self._ordered) < MIN_KNOWN:
+            return None
+        return self._ordered[len(self._ordered) // 2]
+
+
+@dataclass(slots=True)
+class _Call:
+    """A task that a replica is computing."""
+
+    round: int
+    kind: str
+    task: int
+    size: int
+    started: float
+    is_first: bool
+
+
+class Dispatcher:
+    """Rounds of tasks over replicas that come and go.
+
+    A round's caller hands out what `assign` returns, reports `answered` and `lost`, and looks at
+    `overdue` after at most `pause` seconds, until the round `is_done`.
+    """
+
+    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+        """`clock` gives seconds, from any origin."""
+        self._limits = limits
+        self._clock = clock
+        self._free: dict[int, None] = {}
+        self._calls: dict[int, _Call] = {}  # by replica, the earliest first
+        self._known: dict[int, set[str]] = {}  # the kinds of calls that a replica has answered
+        self._times: dict[str, _Times] = {}
+        self._alone_since = clock()
+        self._round = 0
+        self._waiting: dict[int, None] = {}  # tasks, in their order
+        self._own: dict[int, int] | None = None  # in a round of one task each: those to be started
+        self._begin("", [])
+
+    # ---------------------------------------------------------------- replicas
+
+    @property
+    def replicas(self) -> list[int]:
+        """Those that can be given work, now or after what they do."""
+        return sorted(self._known)
+
+    def join(self, replica: int) -> None:
+        """A replica is up."""
+        self._known[replica] = set()
+        self._free[replica] = None
+
+    def lost(self, replica: int) -> None:
+        """A replica is gone, or given up; what it computed goes to the head of the queue.
+
+        Raises TaskLost if that has been lost too often.
+        """
+        del self._known[replica]
+        self._free.pop(replica, None)
+        if not self._known:
+            self._alone_since = self._clock()
+        call = self._calls.pop(replica, None)
+        if self._own is not None:  # nobody else can answer what was its own
+            was_asked = call is not None and self._is_open(call)
+            self._left -= was_asked or self._own.pop(replica, None) is not None
+        elif call is not None and self._is_open(call):
+            self._runners[call.task] -= 1
+            self._losses[call.task] += 1
+            if self._losses[call.task] >= self._limits.most_losses:
+                raise TaskLost
+            if self._newest[call.task] == replica:
+                self._waiting = {call.task: None, **self._waiting}
+
+    def is_hopeless(self, *, is_loading: bool) -> bool:
+        """Whether the fleet has been without a replica for too long. One that loads is awaited."""
+        waited = self._clock() - self._alone_since
+        return not self._known and not is_loading and waited >= self._limits.patience_s
+
+    # ---------------------------------------------------------------- work
+
+    def begin(self, kind: str, sizes: Sequence[int]) -> None:
+        """A round of tasks, each for any replica. `sizes` are units of work; times are compared
+        among calls of a `kind`."""
+        self._begin(kind, sizes)
+
+    def begin_each(self, kind: str) -> list[int]:
+        """A round of one task for each replica that is up: task i is for the i-th returned."""
+        replicas = self.replicas
+        self._begin(kind, [1] * len(replicas))
+        self._waiting.clear()
+        self._own = {replica: task for task, replica in enumerate(replicas)}
+        return replicas
+
+    def _begin(self, kind: str, sizes: Sequence[int]) -> None:
+        self._round += 1
+        self._kind, self._sizes = kind, sizes
+        self._waiting = dict.fromkeys(range(len(sizes)))
+        self._own = None
+        self._answered = [False] * len(sizes)
+        self._runners, self._losses = [0] * len(sizes), [0] * len(sizes)
+        self._newest = [-1] * len(sizes)  # the replica that was given a task last
+        self._left = len(sizes)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._left
+
+    def assign(self) -> list[tuple[int, int]]:
+        """Replicas and the tasks that they are to start now."""
+        now = self._clock()
+        if self._own is not None:
+            pairs = [
+                (replica, task) for replica, task in self._own.items() if replica in self._free
+            ]
+        else:
+            free = list(self._free)
+            pairs = self._queued(free)
+            rest = free[len(pairs) :]
+            pairs += zip(rest, self._copies(len(rest), now), strict=False)
+        for replica, task in pairs:
+            del self._free[replica]
+            if self._own is not None:
+                del self._own[replica]
+            self._runners[task] += 1
+            self._newest[task] = replica
+            is_first = self._kind not in self._known[replica]
+            self._calls[replica] = _Call(
+                self._round, self._kind, task, self._sizes[task], now, is_first
+            )
+        return pairs
+
+    def _queued(self, free: Sequence[int]) -> list[tuple[int, int]]:
+        """Free replicas with tasks of the queue: each its own share's first, or else any's.
+
+        Task i is of the i-th replica's share, counted round and round. So at each look a replica
+        meets the held-out rows whose contexts it has in its cache, and none is idle while there is
+        work.
+        """
+        places = {replica: place for place, replica in enumerate(self.replicas)}
+        pairs: list[tuple[int, int]] = []
+        for replica in free:
+            if not self._waiting:
+                break
+            own = range(places[replica], len(self._sizes), len(places))
+            first = next(iter(self._waiting))
+            task = next((task for task in own if task in self._waiting), first)
+            del self._waiting[task]
+            pairs.append((replica, task))
+        return pairs
+
+    def _copies(self, number: int, now: float) -> list[int]:
+        """Up to so many tasks that are slow, each to be computed once more."""
+        if not number or not self._left:
+            return []
+        slow = (call.task for call, since in self._copyable() if since <= now)
+        return [task for task, _ in zip(slow, range(number), strict=False)]
+
+    def _copyable(self) -> list[tuple[_Call, float]]:
+        """The newest calls of tasks that may be copied, and since when they are slow; the last of
+        them is the next that will be."""
+        median = self._median(self._kind)
+        if median is None or self._own is not None:
+            return []
+        now, found = self._clock(), []
+        for replica, call in self._calls.items():
+            if not self._is_open(call) or self._newest[call.task] != replica:
+                continue
+            if self._runners[call.task] < MOST_COPIES:
+                since = call.started + self._limits.slow_factor * median * call.size
+                found.append((call, since))
+                if since > now:  # later ones were started later
+                    break
+        return found
+
+    def answered(self, replica: int) -> int | None:
+        """A replica's call has returned: its task, or None if that is answered already."""
+        call = self._calls.pop(replica)
+        self._free[replica] = None
+        if call.is_first:
+            self._known[replica].add(call.kind)
+        else:
+            times = self._times.setdefault(call.kind, _Times())
+            times.add((self._clock() - call.started) / call.size)
+        if not self._is_open(call):
+            return None
+        self._answered[call.task] = True
+        self._waiting.pop(call.task, None)  # of a copy that was lost
+        self._left -= 1
+        return call.task
+
+    def overdue(self) -> list[int]:
+        """Replicas whose calls are past their deadlines, of earlier rounds too."""
+        now, late = self._clock(), []
+        for replica, call in self._calls.items():
+            if now - call.started < self._limits.deadline_floor_s:
+                break  # and so are those that were started later
+            if now - call.started >= self._allowed(call):
+                late.append(replica)
+        return late
+
+    def _allowed(self, call: _Call) -> float:
+        """Seconds that a call may take."""
+        limits, median = self._limits, self._median(call.kind)
+        if median is None:
+            return math.inf
+        usual = max(limits.deadline_floor_s, limits.deadline_factor * median * call.size)
+        return max(limits.first_call_s, usual) if call.is_first else usual
+
+    def pause(self) -> float:
+        """Seconds in which nothing but an answer needs attention."""
+        copyable = self._copyable() if self._free and not self._waiting else []
+        if not copyable:
+            return PULSE_S
+        return min(PULSE_S, max(0.0, copyable[-1][1] - self._clock()))
+
+    def _median(self, kind: str) -> float | None:
+        times = self._times.get(kind)
+        return times.median if times else None
+
+    def _is_open(self, call: _Call) -> bool:
+        return call.round == self._round and not self._answered[call.task]
+
+
+def pause_before_attempt(failures: int) -> float:
+    """Seconds before a replica is started again that has failed so often without an answer in
+    between: none at first."""
+    return min(LONGEST_PAUSE_S, 2.0 ** (failures - 1)) if failures > 1 else 0.0

@@ -1,0 +1,165 @@
+"""The fleet's policy, over replicas that are simulated in virtual time, and call by call."""
+
+import itertools
+import statistics
+
+import pytest
+
+from benchmarks.fleet import PATIENT, Simulation, cost, percentile, step_times
+from orchestrator.dispatch import MIN_KNOWN, Dispatcher, Limits, TaskLost, pause_before_attempt
+
+STEP_COST_S = 0.025  # what a step at 256 replicas may cost
+MANY = 256
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def dispatcher(clock: Clock, num_replicas: int, limits: Limits = Limits()) -> Dispatcher:  # noqa: B008
+    """With calls of one second each known, and no replica new to them."""
+    made = Dispatcher(limits, clock)
+    for replica in range(num_replicas):
+        made.join(replica)
+    for _ in range(1 + MIN_KNOWN):
+        made.begin("evaluate", [1] * num_replicas)
+        pairs = made.assign()
+        clock.now += 1
+        for replica, _ in pairs:
+            made.answered(replica)
+        assert made.is_done
+    return made
+
+
+def test_a_free_replica_takes_its_own_share_first_and_then_others() -> None:
+    """At an even pace always the same replica takes a task; at any pace none is left."""
+
+    def takers(pace: list[int]) -> dict[int, int]:
+        made, found = dispatcher(Clock(), 3), {}
+        made.begin("score", [1] * 11)
+        computing = dict(made.assign())
+        for replica in itertools.cycle(pace):
+            if replica in computing:
+                found[computing.pop(replica)] = replica
+                made.answered(replica)
+            computing |= dict(made.assign())
+            if made.is_done:
+                return found
+        raise AssertionError
+
+    assert takers([0, 1, 2]) == {number: number % 3 for number in range(11)}
+    hurried = takers([2, 0, 2, 2, 1])
+    assert sorted(hurried) == list(range(11))
+    assert all(hurried[number] == 2 for number in (2, 5, 8))
+
+
+@pytest.mark.parametrize(
+    ("stall", "death"), [(0.0, 0.0), (0.001, 0.0), (0.0, 0.003), (0.002, 0.002)]
+)
+def test_each_task_is_answered_once_whatever_befalls_the_fleet(stall: float, death: float) -> None:
+    simulation = Simulation(MANY, stall=stall, death=death)
+    for _ in range(12):
+        answers, _ = simulation.step(600)
+        assert answers == [1] * 600
+    assert (simulation.num_deaths > 0) == (death > 0)
+    assert (simulation.num_given_up > 0) == (stall > 0)
+
+
+def test_long_tails_and_stalls_cost_less_than_without_the_policy() -> None:
+    ours, patient = (step_times(MANY, 30, limits) for limits in (Limits(), PATIENT))
+    assert statistics.median(ours) < 0.6 * statistics.median(patient)
+    assert percentile(ours, 0.95) < 0.6 * percentile(patient, 0.95)
+
+
+def test_without_a_tail_nothing_is_computed_twice() -> None:
+    simulation = Simulation(16, delay=lambda draw: draw.uniform(0.9, 1.1))
+    for _ in range(20):
+        before = simulation.num_events
+        simulation.step(40)
+        assert simulation.num_events - before == 40
+
+
+def test_a_step_of_many_replicas_is_scheduled_in_milliseconds() -> None:
+    assert cost(MANY, 10) < STEP_COST_S
+
+
+def test_a_slow_call_is_given_to_an_idle_replica_and_the_late_answer_is_dropped() -> None:
+    clock = Clock()
+    fleet = dispatcher(clock, 3)
+    fleet.begin("evaluate", [1, 1])
+    (first, slow), (second, quick) = fleet.assign()
+    clock.now += 1
+    assert fleet.answered(second) == quick
+    assert fleet.assign() == []
+    assert fleet.pause() == pytest.approx(1.0)
+    clock.now += 1.1
+    ((third, task),) = fleet.assign()
+    assert (task, third == first) == (slow, False)
+    assert fleet.assign() == []  # the copy is not slow yet
+    assert fleet.answered(third) == slow
+    assert fleet.is_done
+    fleet.begin("evaluate", [1] * 3)  # the first is still busy
+    assert sorted(replica for replica, _ in fleet.assign()) == sorted({0, 1, 2} - {first})
+    assert fleet.answered(first) is None
+    assert [replica for replica, _ in fleet.assign()] == [first]
+
+
+def test_a_deadline_grows_with_the_fleets_own_times_and_spares_first_calls() -> None:
+    clock = Clock()
+    limits = Limits(deadline_floor_s=5)
+    fresh = Dispatcher(limits, clock)
+    fresh.join(0)
+    fresh.begin("evaluate", [1])
+    fresh.assign()
+    clock.now += 10**6
+    assert fresh.overdue() == []  # nothing is known yet
+    fleet = dispatcher(clock, 2, limits)
+    fleet.begin("evaluate", [2, 1])
+    fleet.assign()
+    clock.now += 10.5
+    assert fleet.overdue() == [1]
+    clock.now += 10
+    assert fleet.overdue() == [0, 1]
+    fleet.lost(1)
+    fleet.join(1)
+    assert fleet.assign() == [(1, 1)]  # at the head of the queue
+    clock.now += limits.first_call_s - 1
+    assert fleet.overdue() == [0]
+    clock.now += 2
+    assert fleet.overdue() == [0, 1]
+
+
+def test_work_that_ends_replicas_and_fleets_without_any_are_given_up() -> None:
+    clock = Clock()
+    fleet = dispatcher(clock, 1)
+    fleet.begin("evaluate", [1])
+    for _ in range(Limits().most_losses - 1):
+        assert fleet.assign() == [(0, 0)]
+        fleet.lost(0)
+        fleet.join(0)
+    fleet.assign()
+    with pytest.raises(TaskLost):
+        fleet.lost(0)
+    assert not fleet.is_hopeless(is_loading=False)
+    clock.now += Limits().patience_s
+    assert fleet.is_hopeless(is_loading=False)
+    assert not fleet.is_hopeless(is_loading=True)
+    pauses = [pause_before_attempt(failures) for failures in range(20)]
+    assert pauses[:2] == [0, 0] and pauses == sorted(pauses) and pauses[-1] == 300
+
+
+def test_a_round_of_one_task_each_goes_on_without_those_that_die() -> None:
+    clock = Clock()
+    fleet = dispatcher(clock, 3)
+    assert fleet.begin_each("digest") == [0, 1, 2]
+    fleet.lost(2)
+    assert sorted(fleet.assign()) == [(0, 0), (1, 1)]
+    fleet.lost(1)
+    assert not fleet.is_done
+    fleet.join(1)
+    assert fleet.assign() == []  # it is another replica now
+    assert fleet.answered(0) == 0
+    assert fleet.is_done
