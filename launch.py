@@ -26,7 +26,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from orchestrator import environment, inspection, output, runs
+from orchestrator import environment, inspection, output, run_folder, runs
 from orchestrator.config import ConfigError
 
 AT_HELP = "the state after so many steps, or after the best look at dev rows; default: the last"
@@ -36,7 +36,7 @@ DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 def main() -> int:
     arguments = _parse()
     signal.signal(signal.SIGTERM, _interrupt)  # what `ray job stop` sends
-    run: runs.Run | None = None
+    run: run_folder.Run | None = None
     try:
         if arguments.command in ("report", "inspect", "fork"):
             _without_fleet(arguments)
@@ -81,24 +81,24 @@ def _without_fleet(arguments: argparse.Namespace) -> None:
         for line in inspection.inspect(folder):
             print(line)
     else:
-        fork = runs.branch(folder, arguments.folder, arguments.overrides)
-        runs.fork(fork, folder, arguments.at)
+        fork = run_folder.branch(folder, arguments.folder, arguments.overrides)
+        run_folder.fork(fork, folder, arguments.at)
         print(f"continue with: python launch.py train --resume {arguments.folder}")
 
 
-def _open(arguments: argparse.Namespace) -> runs.Run:
+def _open(arguments: argparse.Namespace) -> run_folder.Run:
     """The run that the command names, checked as far as it can be without starting anything."""
     if arguments.command == "train" and arguments.verify_cache is not None:
         arguments.overrides.append(f"run.verify_cache={arguments.verify_cache}")
     if arguments.command == "train" and arguments.resume:
-        return runs.reopen(Path(arguments.resume), arguments.overrides)
+        return run_folder.reopen(Path(arguments.resume), arguments.overrides)
     source = Path(arguments.source)
     if arguments.command == "export" or (arguments.command == "eval" and source.is_dir()):
-        return runs.reopen(source, arguments.overrides)
-    return runs.choose(source, arguments.overrides)
+        return run_folder.reopen(source, arguments.overrides)
+    return run_folder.choose(source, arguments.overrides)
 
 
-def _how_to_go_on(arguments: argparse.Namespace, run: runs.Run | None) -> str:
+def _how_to_go_on(arguments: argparse.Namespace, run: run_folder.Run | None) -> str:
     if run is None or arguments.command != "train" or not run.ledger_path.exists():
         return ""
     return (

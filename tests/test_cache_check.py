@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import DEVICE, WORDS
 
-from orchestrator import runs
+from orchestrator import run_folder, runs
 from orchestrator.batches import Batches
 from orchestrator.cache_check import ReuseError
 from orchestrator.config import Config, ConfigError
@@ -122,7 +122,7 @@ def test_a_run_tells_what_it_has_reused(questions: dict[str, Any], tmp_path: Pat
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(questions))
     folder = tmp_path / "run"
-    run = runs.choose(path, [f"run.dir={folder}", "run.steps=3", "run.verify_cache=2"])
+    run = run_folder.choose(path, [f"run.dir={folder}", "run.steps=3", "run.verify_cache=2"])
     data = load(run.config.task)
     assert len(set(data.groups)) == NUM_PASSAGES
     folder.mkdir()

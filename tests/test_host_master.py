@@ -12,7 +12,7 @@ from conftest import DEVICE
 from host_runs import config, run, same
 from torch import nn
 
-from orchestrator import host_master, runs, spaces
+from orchestrator import host_master, run_folder, spaces
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import Config, ConfigError
 from orchestrator.engine import Engine
@@ -296,6 +296,6 @@ def test_a_run_goes_on_with_its_master_elsewhere(
     values = started.model_dump() | {"model": {"path": started.model.path}}  # graphs by default
     (tmp_path / "config.yaml").write_text(Config.model_validate(values).dump())
     moved = ["space.master=float32", "model.score_graphs=false"]
-    assert runs.reopen(tmp_path, moved).config.space.master == "float32"
+    assert run_folder.reopen(tmp_path, moved).config.space.master == "float32"
     with pytest.raises(ConfigError, match=r"^space\.master=float32: the run in .* depend on this"):
-        runs.reopen(tmp_path, moved[:1])
+        run_folder.reopen(tmp_path, moved[:1])

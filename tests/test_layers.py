@@ -15,6 +15,7 @@ LAYERS = [
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches", "dispatch"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
+    | {"run_folder"}
     | {
         "prefix_slots",
         "score_attention",
@@ -34,7 +35,7 @@ LAYERS = [
     {"spaces"},
     {"replica"},
     {"actors", "local"},
-    {"driver", "tune"},
+    {"driver", "tune", "fleets"},
     {"tune_page"},
     {"runs"},
 ]
@@ -63,7 +64,7 @@ OWNERS = {
         "sweeps",
         "sweeps_numba",
     }
-    | {"sweeps_cuda", "runs", "export", "adapters", "space", "spaces", "lora", "low_rank"}
+    | {"sweeps_cuda", "fleets", "export", "adapters", "space", "spaces", "lora", "low_rank"}
     | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
     | {"score_graphs", "score_attention", "attention_triton", "norm_triton"}
     | {"pools", "generation", "sampling", "host_master", "cache_check"},

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from conftest import write_rows
 
-from orchestrator import metrics, runs
+from orchestrator import metrics, run_folder
 from orchestrator.config import ConfigError, load
 from orchestrator.metrics import Evaluation, Records, StepMetrics
-from orchestrator.runs import Run
+from orchestrator.run_folder import Run
 from orchestrator.seed_sync import Header, Ledger, StepRecord
 
 NUM_STEPS = 6
@@ -34,7 +34,7 @@ def parent(tmp_path: Path) -> Path:
         "run": {"steps": NUM_STEPS},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    run = runs.choose(tmp_path / "recipe.yaml", [f"run.dir={tmp_path / 'parent'}"])
+    run = run_folder.choose(tmp_path / "recipe.yaml", [f"run.dir={tmp_path / 'parent'}"])
     run.folder.mkdir()
     (run.folder / "config.yaml").write_text(run.config.dump())
     header = Header(1, 1, "tiny", "aa", run.config.identity(), run.data.fingerprint(), ())
@@ -49,7 +49,7 @@ def parent(tmp_path: Path) -> Path:
 
 
 def branched(parent: Path, *overrides: str) -> Run:
-    return runs.branch(parent, parent.with_name("fork"), [*overrides, "run.steps=9"])
+    return run_folder.branch(parent, parent.with_name("fork"), [*overrides, "run.steps=9"])
 
 
 def kinds(folder: Path) -> list[str]:
@@ -70,16 +70,16 @@ def test_a_fork_that_stopped_half_way_is_no_run(
 
     run = branched(parent)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(f"orchestrator.runs.{part}", stop)
-        runs.fork(run, parent, 3)
+        patched.setattr(f"orchestrator.run_folder.{part}", stop)
+        run_folder.fork(run, parent, 3)
     with pytest.raises(ConfigError, match=r"no run folder, it holds no config\.yaml"):
-        runs.reopen(run.folder)
+        run_folder.reopen(run.folder)
 
 
 def test_a_fork_can_be_reopened(parent: Path) -> None:
     run = branched(parent, "estimator.lr=5e-4")
-    runs.fork(run, parent, 3)
-    assert runs.reopen(run.folder) == run
+    run_folder.fork(run, parent, 3)
+    assert run_folder.reopen(run.folder) == run
     assert len(Ledger.read(run.ledger_path)[1]) == 3
     assert load(run.folder / "config.yaml") == run.config
     assert kinds(run.folder) == ["evaluation", "step", "step", "step"]
@@ -90,29 +90,29 @@ def test_overrides_may_be_valid_only_together(parent: Path) -> None:
     for order in (pair, pair[::-1]):
         assert branched(parent, *order).config.estimator.num_seeds == 8
         with pytest.raises(ConfigError, match=r"^estimator\.num_seeds=8: the run in .* depend on"):
-            runs.reopen(parent, order)
+            run_folder.reopen(parent, order)
     with pytest.raises(ConfigError, match=r"^space\.master=bfloat16: the steps that a fork takes"):
         branched(parent, *pair, "space.master=bfloat16")
     with pytest.raises(ConfigError, match=r"^estimator\.decay_towards=start: the steps that a"):
         branched(parent, "estimator.decay_towards=start")
     with pytest.raises(ConfigError, match=r"^estimator\.decay_towards=start: the run in"):
-        runs.reopen(parent, ["estimator.decay_towards=start"])
+        run_folder.reopen(parent, ["estimator.decay_towards=start"])
     with pytest.raises(ConfigError, match="num_seeds: 1: estimator.kind=fzoo compares"):
         branched(parent, pair[0])
 
 
 def test_a_fork_may_move_its_master_to_the_host_and_back(parent: Path) -> None:
     run = branched(parent, "space.master=host")
-    runs.fork(run, parent, 3)
-    back = runs.branch(run.folder, parent.with_name("back"), ["space.master=float32"])
+    run_folder.fork(run, parent, 3)
+    back = run_folder.branch(run.folder, parent.with_name("back"), ["space.master=float32"])
     assert back.config.space.master == "float32"
 
 
 def test_what_may_change_when_a_run_is_reopened_is_told(parent: Path) -> None:
     allowed = ["task.label_names=[bad, good]", "task.unconditional='So: {option}'"]
-    runs.reopen(parent, allowed)
+    run_folder.reopen(parent, allowed)
     with pytest.raises(ConfigError) as caught:
-        runs.reopen(parent, ["run.seed=1"])
+        run_folder.reopen(parent, ["run.seed=1"])
     for key in ("task.label_names", "task.unconditional", "space.master", "fleet.num_replicas"):
         assert key in str(caught.value)
 
@@ -134,5 +134,5 @@ def test_a_fork_takes_over_looks_at_the_same_rows_only(
             for record in steps:
                 ledger.append(record)
     run = branched(parent, change)
-    runs.fork(run, parent, 3)
+    run_folder.fork(run, parent, 3)
     assert kinds(run.folder) == ["evaluation"] * num_looks + ["step"] * 3

@@ -1,0 +1,77 @@
+"""A fleet for a run: made, started, checked and closed.
+
+Owns what each kind of fleet needs imported, and what the user is told meanwhile. Knows nothing of
+what the fleet is started for.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator import assets
+from orchestrator.config import Config, ConfigError
+from orchestrator.records import Fleet, ReplicaInfo
+from orchestrator.run_folder import Run
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def started(run: Run, log: Path, say: Say) -> Iterator[tuple[Fleet, ReplicaInfo]]:
+    """A fleet whose replicas all stand at the base model, and see this process's data."""
+    config = run.config
+    _prepare_model(config, say)
+    number, kind = config.fleet.num_replicas, config.fleet.kind
+    if number == "auto":
+        say(f"starting {kind} replicas ...")
+    else:
+        say(f"starting {number} {kind} replica{'s' * (number > 1)} ...")
+    fleet = _make_fleet(config, log, say)
+    try:
+        info = fleet.start()
+        if info.data_hash != run.data.fingerprint():
+            raise ConfigError(
+                "task: the replicas read other rows than this process does; task.train and "
+                "task.test must hold the same on every node"
+            )
+        say(f"{info.model_class}, {info.num_parameters:,} parameters, on {info.device}")
+        yield fleet, info
+    finally:
+        fleet.close()
+
+
+def _prepare_model(config: Config, say: Say) -> None:
+    """Let the user see what would otherwise be a silent first minute."""
+    path = config.model.path
+    if path.endswith(".gguf"):
+        folder = assets.dequantized_folder(assets.resolve_file("model.path", path))
+        if not folder.exists():
+            say(f"de-quantising {path}, this once, into {folder} ...")
+            from orchestrator import checkpoint
+
+            checkpoint.locate(path)
+
+
+def _make_fleet(config: Config, log: Path, say: Say) -> Fleet:
+    """Imports what the kind of fleet needs: Ray here, or torch and SGLang."""
+    if config.fleet.kind == "ray":
+        from orchestrator.actors import ActorFleet
+
+        return ActorFleet(config, log, say)
+    import torch
+
+    from orchestrator import dist_patch
+
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dist_patch.apply(device)
+    from orchestrator.local import LocalFleet  # imports SGLang, which has to follow the patches
+
+    return LocalFleet(config, device)
+
+
+def with_one_replica(run: Run) -> Run:
+    fleet = run.config.fleet.model_copy(update={"num_replicas": 1})
+    return replace(run, config=run.config.model_copy(update={"fleet": fleet}))

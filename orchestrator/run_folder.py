@@ -1,0 +1,239 @@
+"""The folder of a run: its recipe, its ledger, and what may change when it is opened again.
+
+Owns what a recipe's paths mean, who may train in a folder, and how one run forks off another.
+Knows neither fleets nor the algorithm.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from orchestrator import assets, metrics, tasks
+from orchestrator.config import Config, ConfigError, load
+from orchestrator.metrics import Summary
+from orchestrator.noise import NOISE_VERSION
+from orchestrator.records import ReplicaInfo
+from orchestrator.seed_sync import LEDGER_FORMAT, Header, Ledger, same_data
+from orchestrator.tasks import TaskData
+
+RUNS_FOLDER = Path("runs")
+LOCK_FILE = "training.lock"
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A checked recipe, its data, and the folder that its records go to."""
+
+    config: Config
+    data: TaskData
+    folder: Path
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.folder / metrics.LEDGER_FILE
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / metrics.LOG_FILE
+
+    def summary(self) -> Summary | None:
+        """What the run came to, once a process took it to its end."""
+        return metrics.read_summary(self.folder)
+
+
+def choose(path: Path, overrides: Sequence[str]) -> Run:
+    """A new run of a recipe. Raises ConfigError before anything is written or started."""
+    config = load(path, overrides)
+    if config.run.dir is None and RAY_JOB_VARIABLE in os.environ:
+        raise ConfigError(
+            "run.dir: must be given in a Ray job, best on storage that the nodes share: Ray "
+            "deletes the job's own working directory"
+        )
+    folder = config.run.dir or RUNS_FOLDER / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = _checked(config, Path(folder))
+    if run.ledger_path.exists():
+        raise ConfigError(
+            f"run.dir: {folder} holds a run already; continue it with --resume {folder}, or "
+            "choose another folder"
+        )
+    return run
+
+
+def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
+    """The run in a folder; overrides may change what does not decide its ledger."""
+    path = folder / metrics.CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
+    culprit = _culprit(path, overrides, Config.identity)
+    if culprit is not None:
+        raise ConfigError(
+            f"{culprit}: the run in {folder} has steps that depend on this key; what may change is "
+            "model.path, model.device, space.init, task.train, task.test, task.label_names, "
+            "task.unconditional, task.reward.path, task.reward.timeout, task.reward.workers, "
+            "task.reward.environment, fleet.kind, fleet.num_replicas, fleet.gpus_per_replica, "
+            "run.eval_every, "
+            "run.eval_examples, run.check_every, run.verify_cache and, with "
+            "model.score_graphs=false, space.master between float32 and host"
+        )
+    run = _checked(load(path, overrides), folder)
+    if run.ledger_path.exists():
+        Ledger.read(run.ledger_path)  # refuse a damaged one before anything starts
+    return run
+
+
+def branch(folder: Path, new_folder: Path, overrides: Sequence[str]) -> Run:
+    """The run that is to fork off the one in `folder`: its recipe, changed by the overrides.
+
+    Refuses to change what the steps so far mean, which the fork takes over.
+    """
+    path = folder / metrics.CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
+    if new_folder.exists():
+        raise ConfigError(f"{new_folder}: exists already; name a folder that is to be made")
+    culprit = _culprit(path, overrides, _meaning)
+    if culprit is not None:
+        raise ConfigError(
+            f"{culprit}: the steps that a fork takes over depend on this key; space (but for "
+            "space.slots, and space.master between float32 and host), estimator.noise, "
+            "estimator.decay_towards and, unless space.kind is dense, run.seed must stay"
+        )
+    return _checked(load(path, overrides), new_folder)
+
+
+def _culprit(path: Path, overrides: Sequence[str], kept: Callable[[Config], object]) -> str | None:
+    """The override that changes what is to be kept of a recipe; None if together they keep it."""
+    recorded = kept(load(path))
+    if kept(load(path, overrides)) == recorded:
+        return None
+    for override in overrides:
+        with suppress(ConfigError):  # some are valid only together
+            if kept(load(path, [override])) != recorded:
+                return override
+    return " ".join(overrides)
+
+
+def _meaning(config: Config) -> tuple[object, ...]:
+    """What a ledger's seeds and coefficients lead to depends on these keys, and no others."""
+    space = config.space.model_dump(mode="json", exclude={"slots", "init"})
+    if space["master"] == "host":  # the bits are those of float32
+        space["master"] = "float32"
+    drawn_from = None if config.space.kind == "dense" else config.run.seed
+    estimator = config.estimator
+    return space, estimator.noise, estimator.decay_towards, drawn_from
+
+
+def _checked(config: Config, folder: Path) -> Run:
+    """The run, with paths that mean the same in every replica's process."""
+    model, task, space = config.model, config.task, config.space
+    assets.check_model(model.path)
+    if space.init is not None:
+        assets.check_adapter(space.init)
+        space = space.model_copy(update={"init": assets.absolute(space.init)})
+    sources = {
+        name: source.model_copy(update={"path": assets.absolute(source.path)})
+        for name, source in (("train", task.train), ("test", task.test))
+        if source is not None
+    }
+    folder = folder.absolute()
+    changes: dict[str, object] = dict(sources)
+    if task.reward is not None:
+        place = assets.absolute(task.reward.path)
+        changes["reward"] = task.reward.model_copy(update={"path": place})
+    config = config.model_copy(
+        update={
+            "model": model.model_copy(update={"path": assets.absolute(model.path)}),
+            "space": space,
+            "task": task.model_copy(update=changes),
+            "run": config.run.model_copy(update={"dir": str(folder)}),
+        }
+    )
+    return Run(config, tasks.load(config.task), folder)
+
+
+def fork(run: Run, parent: Path, step: int) -> None:
+    """Make the run's folder, with the first `step` steps of the run in `parent`."""
+    ledger = parent / metrics.LEDGER_FILE
+    header, records = Ledger.read(ledger)
+    if not 1 <= step <= len(records):
+        raise ConfigError(f"--at: {step}: {ledger} has steps to fork at from 1 to {len(records)}")
+    if run.config.run.steps <= step:
+        raise ConfigError(
+            f"run.steps: {run.config.run.steps} leaves no step after --at {step}; set it higher"
+        )
+    try:
+        run.folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{run.folder}: cannot be made: {error.strerror}") from None
+    data_hash = run.data.fingerprint()
+    same_task = load(parent / metrics.CONFIG_FILE).task == run.config.task
+    same_looks = same_task and same_data(header.data_hash, data_hash)
+    metrics.fork(parent, run.folder, step, same_data=same_looks)
+    Ledger.fork(
+        ledger,
+        run.ledger_path,
+        step,
+        config_hash=run.config.identity(),
+        data_hash=data_hash,
+    )
+    _write_config(run)  # last: a folder with a recipe is a run, which without a ledger is a new one
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """The run's folder, made if need be, and this process the only one that trains in it."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run.folder / LOCK_FILE)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(f"{run.folder}: another process is training in this folder") from None
+    except OSError as error:
+        raise ConfigError(f"run.dir: {run.folder}: cannot be written: {error.strerror}") from None
+    with lock:
+        yield
+
+
+@contextmanager
+def opened_ledger(run: Run, info: ReplicaInfo, say: Callable[[str], None]) -> Iterator[Ledger]:
+    """The run's ledger, new or continued; what was repaired is told.
+
+    The recipe is written beside it only once the two are known to belong together.
+    """
+    header = header_of(run, info)
+    if run.ledger_path.exists():
+        ledger = Ledger.open(run.ledger_path, header)
+        _write_config(run)
+    else:
+        _write_config(run)
+        ledger = Ledger.create(run.ledger_path, header)
+    with ledger:
+        for sentence in (*ledger.repairs, *ledger.notes):
+            say(sentence)
+        if ledger.next_step:
+            say(f"continuing after {ledger.next_step} steps")
+        yield ledger
+
+
+def header_of(run: Run, info: ReplicaInfo) -> Header:
+    return Header(
+        format=LEDGER_FORMAT,
+        noise_version=NOISE_VERSION,
+        model=run.config.model.path,
+        weights_hash=info.weights_hash,
+        config_hash=run.config.identity(),
+        data_hash=info.data_hash,
+        versions=info.versions,
+    )
+
+
+def _write_config(run: Run) -> None:
+    unfinished = run.folder / f"{metrics.CONFIG_FILE}.new"
+    unfinished.write_text(run.config.dump(), encoding="utf-8")
+    unfinished.replace(run.folder / metrics.CONFIG_FILE)
