@@ -26,6 +26,7 @@ from orchestrator import environment
 environment.prepare(threads=2)
 
 from benchmarks import measure  # noqa: E402
+from orchestrator.evaluate import PLAIN  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("run", "metric", "seed", "before", "after", "95 % interval", "gain")
@@ -91,7 +92,7 @@ def trained(name: str, seed: int, data: Path, overrides: Sequence[str]) -> Row:
 
 
 def shown(row: Row) -> list[object]:
-    scale, digits = (1, 3) if row["metric"] == "reward" else (100, 1)
+    scale, digits = (1, 3) if row["metric"] in PLAIN else (100, 1)
     low, high = row["after_interval"]
     return [
         row["run"],

@@ -11,6 +11,7 @@ from orchestrator.records import ChunkScores, ExampleScore
 
 NORMAL_QUANTILE = 1.959964  # at 0.975: 95 % lie between it and its negative
 SHARES = ("accuracy", "exact_match")  # metrics whose values are 0 or 1
+PLAIN = ("reward",)  # metrics of any numbers, which are not told as per cent
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Measured:
 
 def told(metric: str, value: float, ends: tuple[float, float] | None = None) -> str:
     """A mean as a user reads it, with the ends of its interval: per cent, but rewards as such."""
-    form = ".3f" if metric == "reward" else ".1%"
+    form = ".3f" if metric in PLAIN else ".1%"
     return f"{value:{form}}" + (f" ({ends[0]:{form}} to {ends[1]:{form}})" if ends else "")
 
 
@@ -53,7 +54,7 @@ def measured(metric: str, scores: Sequence[ExampleScore]) -> Measured:
     if metric in SHARES:
         low, high = interval(mean, len(values))
     else:
-        bounds = (-math.inf, math.inf) if metric == "reward" else (0.0, 1.0)
+        bounds = (-math.inf, math.inf) if metric in PLAIN else (0.0, 1.0)
         low, high = mean_interval(values, bounds)
     lost = sum(score.failure is not None for score in scores)
     return Measured(metric, mean, low, high, len(values), lost)

@@ -17,14 +17,13 @@ import numpy as np
 from orchestrator import charts, metrics
 from orchestrator.charts import Points
 from orchestrator.config import Config, ConfigError, Section, load
-from orchestrator.evaluate import SHARES, interval
+from orchestrator.evaluate import PLAIN, SHARES, interval
 from orchestrator.metrics import Evaluation, Interval, Summary
 from orchestrator.seed_sync import Header, Ledger
 
 FOLDER, PAGE = "report", "index.html"
 STYLE = Path(__file__).with_suffix(".css")
 METRICS = {"f1": "F1", "exact_match": "exact match"}  # how the page calls them, if not by name
-PLAIN = ("reward",)  # metrics that are no shares, and not shown as per cent
 
 
 @dataclass(frozen=True, slots=True)
