@@ -6,8 +6,8 @@
 The recipe's model, rows and template; both sides have the same weights, precision and number of
 threads. Ours is one replica, which is given rows as a fleet gives them. The reference
 (reference.py) scores one row and one candidate at a time with transformers; its texts are encoded
-before its clock starts, as ours are when a replica starts. Turn by turn, both score all rows. The
-largest difference of their scores is in the result.
+before its clock starts, as ours are when a replica starts. Turn by turn, both score all rows, after a few
+to warm up. The largest difference of their scores is in the result.
 """
 
 import argparse
@@ -34,7 +34,7 @@ dist_patch.apply(DEVICE)
 from orchestrator.local import LocalFleet  # noqa: E402
 
 RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
-ROWS, TURNS, WARMUPS = 1000, 5, 1
+ROWS, TURNS, WARMUP_ROWS = 1000, 1, 64
 COLUMNS = (
     ("model", "model"),
     ("rows", "rows"),
@@ -65,10 +65,10 @@ class Reference:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPE))
         self._model = model.to(DEVICE).eval()
 
-    def score(self) -> Scores:
+    def score(self, num_rows: int) -> Scores:
         return [
             tuple(reference.candidate_score(self._model, *each, DEVICE) for each in row)
-            for row in self._rows
+            for row in self._rows[:num_rows]
         ]
 
 
@@ -79,15 +79,17 @@ def compare(config: Config, num_rows: int, turns: int) -> Row:
     fleet.start()
     found: dict[str, Scores] = {}
 
-    def ours() -> None:
-        chunks = fleet.score("test", range(num_rows))
+    def ours(number: int = num_rows) -> None:
+        chunks = fleet.score("test", range(number))
         found["ours"] = [score.scores for score in scores_of(chunks)]
 
-    def loop() -> None:
-        found["reference"] = theirs.score()
+    def loop(number: int = num_rows) -> None:
+        found["reference"] = theirs.score(number)
 
+    ours(min(num_rows, WARMUP_ROWS))
+    loop(min(num_rows, WARMUP_ROWS))
     calls: dict[str, Callable[[], object]] = {"ours": ours, "reference": loop}
-    times = measure.paired(calls, turns, WARMUPS)
+    times = measure.paired(calls, turns, warmups=0)
     fleet.close()
     taken = measure.medians(times)
     pairs = list(zip(found["ours"], found["reference"], strict=True))
