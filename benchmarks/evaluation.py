@@ -6,8 +6,8 @@
 The recipe's model, rows and template; both sides have the same weights, precision and number of
 threads. Ours is one replica, which is given rows as a fleet gives them. The reference
 (reference.py) scores one row and one candidate at a time with transformers; its texts are encoded
-before its clock starts, as ours are when a replica starts. Turn by turn, both score all rows, after a few
-to warm up. The largest difference of their scores is in the result.
+before its clock starts, as ours are when a replica starts. After a few rows to warm up, both score
+all of them, turn by turn. The largest difference of their scores is in the result.
 """
 
 import argparse

@@ -28,6 +28,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.contexts import Contexts
 from orchestrator.generation import Generation
+from orchestrator.log_softmax_triton import chosen_logprobs
 from orchestrator.pools import Pools
 from orchestrator.prefix_slots import PrefixPlan, PrefixSlots, has_plain_entries
 from orchestrator.runner import ALONE, Runner, World
@@ -108,10 +109,15 @@ class ScoringHead(nn.Module):
             rows = self._rows[start : start + MAX_ROWS_PER_SOFTMAX]
             tokens = self._tokens[start : start + MAX_ROWS_PER_SOFTMAX]
             logits = self.original._get_logits(hidden_states[rows], lm_head, metadata)
-            logits = logits[:, : self.original.config.vocab_size].float()
-            chosen = logits.gather(1, tokens[:, None])[:, 0]
-            scored.append(chosen - logits.logsumexp(dim=1))
+            scored.append(_logprobs(logits[:, : self.original.config.vocab_size].float(), tokens))
         return LogitsProcessorOutput(next_token_logits=None, input_token_logprobs=torch.cat(scored))
+
+
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of `tokens[i]` in row i of the logits: float32 [rows]."""
+    if logits.is_cuda:
+        return chosen_logprobs(logits, tokens)
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
 
 
 class Engine:

@@ -1,4 +1,4 @@
-"""Attention in short sequences, and layer norm behind a sum, against plain float64, interpreted.
+"""The forward's own kernels (attention, norm, log-softmax) against plain float64, interpreted.
 
 Triton reads TRITON_INTERPRET when it is first imported, and other tests import it too, so checks
 that launch kernels run in processes of their own, which call this module. On a GPU, tests/gpu calls
@@ -27,6 +27,7 @@ class Heads(NamedTuple):
 LENGTHS = (23, 1, 64, 40, 7, 129, 32)
 LAYOUTS = (Heads(3, 3, 128), Heads(4, 2, 64), Heads(3, 1, 80), Heads(2, 2, 96), Heads(6, 2, 16))
 COLUMNS = (64, 5120, 769)
+VOCABULARIES = (2, 4096, 9001)
 EPS = 1e-5
 # Relative and absolute.
 TOLERANCES = {
@@ -121,7 +122,30 @@ def check_norm(device: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(normed.double(), expected, rtol=relative, atol=absolute)
 
 
+def check_log_softmax(device: str) -> None:
+    """Rows of one block and of several, as slices; huge and hidden logits; NaN where it belongs."""
+    from orchestrator import log_softmax_triton  # noqa: PLC0415  see this module's docstring
+
+    torch.manual_seed(0)
+    for vocabulary in VOCABULARIES:
+        wide = torch.full((6, vocabulary + 5), float("nan"), device=device)
+        logits = wide[:, :vocabulary]
+        logits.copy_(10 * torch.randn(6, vocabulary))
+        logits[1, 1:] = float("-inf")
+        logits[2] += 1e4
+        logits[3, 0] = 1e4
+        logits[4] = -3e38
+        logits[5, vocabulary // 2] = float("nan")
+        for token in (0, vocabulary // 2, vocabulary - 1):
+            tokens = torch.full((6,), token, device=device)
+            found = log_softmax_triton.chosen_logprobs(logits, tokens)
+            expected = logits.double().log_softmax(1)[:, token]
+            assert found[5].isnan()
+            torch.testing.assert_close(found[:5].double(), expected[:5], rtol=1e-6, atol=1e-4)
+
+
 def check_interpreted() -> None:
+    check_log_softmax("cpu")
     check_attention("cpu", torch.float32)
     check_attention("cpu", torch.float16)
     check_norm("cpu", torch.float32)
@@ -134,7 +158,7 @@ def check_compiles() -> None:
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
 
-    from orchestrator import attention_triton, norm_triton  # noqa: PLC0415
+    from orchestrator import attention_triton, log_softmax_triton, norm_triton  # noqa: PLC0415
 
     def ptx(
         kernel: Any, types: dict[str, str], warps: int, stages: int, **constants: object
@@ -176,6 +200,10 @@ def check_compiles() -> None:
     text = ptx(norm_triton._add_layer_norm, types | {"eps": "fp32"}, 8, 1, COLUMNS=5120, BLOCK=8192)
     assert "ld.global.v4" in text and "st.global.v4" in text
     assert "ld.global.b16" not in text and "st.global.b16" not in text
+    types = {"logits": "*fp32", "tokens": "*i64", "logprobs": "*fp32"}
+    types |= {"stride": "i64", "vocabulary": "i32"}
+    kernel, block = log_softmax_triton._chosen_logprobs, log_softmax_triton.BLOCK
+    assert "ld.global.v4" in ptx(kernel, types, log_softmax_triton.WARPS, 1, BLOCK=block)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ LAYERS = [
     {"presets", "templates", "answers", "reward_worker"},
     {"config", "records", "environment", "output"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
-    | {"attention_triton", "norm_triton"},
+    | {"attention_triton", "log_softmax_triton", "norm_triton"},
     {"rows", "charts", "rewards"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches", "dispatch"},
@@ -48,7 +48,7 @@ OWNERS = {
     | {"score_graphs", "score_attention", "pools", "generation"},
     "matplotlib": {"charts"},
     "sklearn": {"linear_probe"},
-    "triton": {"adapter_kernels_triton", "attention_triton", "norm_triton"},
+    "triton": {"adapter_kernels_triton", "attention_triton", "log_softmax_triton", "norm_triton"},
     "cuda": {"sweeps_cuda"},
     "numba": {"sweeps_numba", "replica"},
     "torch": {
@@ -66,7 +66,7 @@ OWNERS = {
     }
     | {"sweeps_cuda", "fleets", "export", "adapters", "space", "spaces", "lora", "low_rank"}
     | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
-    | {"score_graphs", "score_attention", "attention_triton", "norm_triton"}
+    | {"score_graphs", "score_attention", "attention_triton", "norm_triton", "log_softmax_triton"}
     | {"pools", "generation", "sampling", "host_master", "cache_check"},
 }
 # A folder is one module: all its files together.

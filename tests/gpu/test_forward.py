@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
-from test_forward_kernels import TOLERANCES, check_attention, check_norm
+from test_forward_kernels import TOLERANCES, check_attention, check_log_softmax, check_norm
 
 from orchestrator.attention_triton import attend
 from orchestrator.engine import Engine
@@ -28,6 +28,10 @@ def test_attention_is_the_plain_one(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_norms_are_those_of_exact_sums(dtype: torch.dtype) -> None:
     check_norm("cuda", dtype)
+
+
+def test_log_probabilities_are_those_of_plain_softmax() -> None:
+    check_log_softmax("cuda")
 
 
 def test_only_plain_layers_leave_sglang_s_kernel(
