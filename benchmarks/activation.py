@@ -5,9 +5,9 @@
 
 A step is what a replica does for its losses: write the perturbations into the slots, score the
 batch under all of them, read the losses. Both kinds of step run turn by turn on one engine, whose
-pool holds the plain step's rows. `cold` is an activated step that finds nothing. `evicting` steps
-go through two batches of contexts in turn, with a pool that holds one of them and its rows: SGLang
-evicts the one that the next step wants, the worst that a pool can do.
+pool holds the plain step's rows beside the contexts. `cold` is an activated step that finds
+nothing. `evicting` steps go through two batches of contexts in turn, with a pool that holds one of
+them and its rows: SGLang evicts the one that the next step wants, the worst that a pool can do.
 """
 
 import json
@@ -128,7 +128,7 @@ def opened(shape: str, kv_tokens: int) -> Iterator[Steps]:
 def compare(shape: str, turns: int = NUM_TURNS) -> Row:
     """A row: milliseconds of each kind of step, and what the pools held."""
     asked = NUM_SLOTS * NUM_CONTEXTS * (CONTEXT + SUFFIX)
-    with opened(shape, asked) as steps:
+    with opened(shape, asked + NUM_CONTEXTS * CONTEXT) as steps:
         times = paired(
             {
                 "plain": lambda: steps.step(0, contexts=0),

@@ -181,6 +181,8 @@ class Engine:
             page_size=1,
             enable_fp32_lm_head=True,
             random_seed=0,
+            # Else an engine on a GPU would set, for child processes on CPUs too, one they lack.
+            mm_feature_transport="cpu",
             **(adapters.server_arguments(on_cpu) if adapters else {}),
         )
         model_config = ModelConfig.from_server_args(arguments)
@@ -208,7 +210,7 @@ class Engine:
         )
 
     def _make_graphs(self) -> ScoreGraphs | None:
-        """Graphs for scoring, where the model's forward is one that they can hold."""
+        """Prepared forwards for scoring, where the model's is one that graphs can hold."""
         runner = self._runner.model_runner
         has_graphs = (
             self.world.size == 1
@@ -515,7 +517,7 @@ class Engine:
         return self._pools.request(prompt.tokens, namespace, prompt.first_scored, row.adapter)
 
     def _replayed(self, batch: PlanBatch) -> torch.Tensor | None:
-        """The batch's log-probabilities, by a graph; None where there is none for it."""
+        """The batch's log-probabilities, without the KV pool; None where they need it."""
         if self._graphs is None or any(
             self._pools.prefix(row.adapter) is not None for row in batch.rows
         ):

@@ -23,6 +23,7 @@ from sglang.srt.layers.linear import (
 )
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -152,9 +153,23 @@ class OPTDecoderLayer(nn.Module):
         return hidden_states, None
 
     def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner, _ = self.fc1(hidden_states)
-        output, _ = self.fc2(self.activation_fn(inner))
+        output, _ = self.fc2(self._widened(hidden_states))
         return output
+
+    def _widened(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What fc1 puts out, activated; on a GPU by the product itself, before it is written."""
+        if (
+            hidden_states.is_cuda
+            and type(self.fc1) is ColumnParallelLinear  # an adapter would add to its output
+            and type(self.fc1.quant_method) is UnquantizedLinearMethod
+            and self.fc1.bias is not None
+            and isinstance(self.activation_fn, nn.ReLU)
+            and not torch.compiler.is_compiling()
+        ):
+            return torch._addmm_activation(self.fc1.bias, hidden_states, self.fc1.weight.t())
+        inner, _ = self.fc1(hidden_states)
+        activated: torch.Tensor = self.activation_fn(inner)
+        return activated
 
 
 class OPTDecoder(nn.Module):

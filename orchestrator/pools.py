@@ -53,7 +53,7 @@ class Pools:
 
     def __init__(self, model_runner: Any, prefixes: PrefixSlots | None, margin: int) -> None:
         """`margin` is how many KV slots are never to be counted as room for sequences."""
-        self._model_runner, self._prefixes = model_runner, prefixes
+        self._model_runner, self._prefixes, self._margin = model_runner, prefixes, margin
         self.allocator = model_runner.token_to_kv_pool_allocator
         self.requests = model_runner.req_to_token_pool
         self.cache = Cache(
@@ -76,7 +76,7 @@ class Pools:
 
     def free(self) -> tuple[int, int]:
         """KV slots (tokens) and request slots that are free or held by evictable entries."""
-        kv = self.allocator.available_size() + self.cache.evictable_size()
+        kv = self.allocator.available_size() + self.cache.evictable_size() - self._margin
         return int(kv), len(self.requests.free_slots)
 
     def request(

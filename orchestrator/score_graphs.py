@@ -1,9 +1,10 @@
-"""CUDA graphs of scoring forwards: a batch's shape is captured once and replayed ever after.
+"""Scoring forwards that leave the KV pool alone, prepared once a shape; small ones are CUDA graphs.
 
-Small models leave a GPU waiting for launches; a replay is one. Owns the captured graphs and the
-tensors that they read. SGLang's own prefill graphs leave attention outside, a launch gap a layer.
-Rows are padded to few shapes, by a last sequence that nothing reads. Knows nothing of plans, or of
-what the scores are for.
+Small models leave a GPU waiting for launches; a graph's replay is one. Batches that keep it busy
+are launched as they are, and spared what a cache would cost: keys and values that are copied,
+stored and read by index. Owns the prepared forwards and the tensors that they read. SGLang's own
+prefill graphs leave attention outside, a launch gap a layer. Rows are padded to few shapes, by a
+last sequence that nothing reads. Knows nothing of plans, or of what the scores are for.
 """
 
 from collections import OrderedDict
@@ -32,8 +33,9 @@ from orchestrator.attention_triton import Context
 from orchestrator.score_attention import KeysElsewhere, UncachedAttention
 from orchestrator.score_plan import PlanBatch
 
-MAX_TOKENS = 4096  # larger batches keep a GPU busy without a graph
-MAX_GRAPHS = 64
+MAX_CAPTURED = 4096  # tokens; larger batches keep a GPU busy without a graph
+MAX_SHAPES = 64
+LONGEST = 1024  # of a sequence in larger batches: for longer ones SGLang's attention is cut better
 PADDING_ENTRY = 0
 TOKEN_STEP, LENGTH_STEP, TARGET_STEP = 32, 64, 32
 WARMUPS = 2  # forwards before a capture, in which kernels are compiled
@@ -41,7 +43,7 @@ WARMUPS = 2  # forwards before a capture, in which kernels are compiled
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a graph is captured for. Batches of another shape need another graph."""
+    """What a forward is prepared for. Batches of another shape need another one."""
 
     num_sequences: int
     num_tokens: int
@@ -49,6 +51,11 @@ class Shape:
     num_targets: int
     longest_shared: int = 0
     """Of what a sequence begins with that others compute; 0 where none does."""
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether its forward is a graph."""
+        return self.num_tokens <= MAX_CAPTURED
 
     @property
     def lengths(self) -> list[int]:
@@ -71,7 +78,7 @@ def shape_of(batch: PlanBatch) -> Shape:
 
 
 class ScoreGraphs:
-    """The graphs of one engine."""
+    """The prepared forwards of one engine."""
 
     def __init__(
         self,
@@ -88,32 +95,33 @@ class ScoreGraphs:
         self._parameters = list(model_runner.model.parameters())
         self._addresses: list[int] = []
         self._refused: set[bool] = set()
-        """Whether batches that share keys, and those that do not, are none that a graph serves."""
+        """Whether batches that share keys, and those that do not, are none that are served here."""
 
     def run(self, batch: PlanBatch) -> torch.Tensor | None:
-        """Log-probabilities, float32 [targets]; None for a batch that no graph can serve.
+        """Log-probabilities, float32 [targets]; None for a batch that is not served here.
 
-        Such are large batches, and all batches of models with layers that read the pool.
+        Such are large batches of long sequences, and all batches of models with layers that read
+        the pool.
         """
         shape = shape_of(batch)
-        if batch.is_shared in self._refused or shape.num_tokens > MAX_TOKENS:
+        if batch.is_shared in self._refused or not (shape.is_captured or shape.longest <= LONGEST):
             return None
         addresses = [parameter.data_ptr() for parameter in self._parameters]
         if addresses != self._addresses:  # graphs read where parameters were at their capture
             self._graphs.clear()
             self._addresses = addresses
-        if shape not in self._graphs:
-            if len(self._graphs) == MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-            try:
-                self._graphs[shape] = self._captured(shape)
-            except KeysElsewhere:
-                self._refused.add(batch.is_shared)
-                return None
-        self._graphs.move_to_end(shape)
-        return self._graphs[shape].run(batch)
+        try:
+            if shape not in self._graphs:
+                if len(self._graphs) == MAX_SHAPES:
+                    self._graphs.popitem(last=False)
+                self._graphs[shape] = self._prepared(shape)
+            self._graphs.move_to_end(shape)
+            return self._graphs[shape].run(batch)
+        except KeysElsewhere:
+            self._refused.add(batch.is_shared)
+            return None
 
-    def _captured(self, shape: Shape) -> "ScoreGraph":
+    def _prepared(self, shape: Shape) -> "ScoreGraph":
         with self._built(shape) as forward_batch:
             # Nobody reads these keys and values: where a layer writes them nevertheless, all go to
             # SGLang's slot for padding.
@@ -126,7 +134,7 @@ class ScoreGraphs:
 
 
 class ScoreGraph:
-    """One captured forward, and the tensors that it reads."""
+    """One prepared forward, and the tensors that it reads."""
 
     def __init__(
         self,
@@ -158,41 +166,46 @@ class ScoreGraph:
             sizes = (shape.num_sequences, shape.longest_shared)
             places = torch.zeros(sizes, dtype=torch.int32, device=device)
             self._context = Context(torch.zeros_like(places[:, 0]), places)
-        attention = UncachedAttention(backend, self._metadata, self._context)
-        self._graph = torch.cuda.CUDAGraph()
-        self._capture(model_runner, head, attention, pool)
+        self._attention = UncachedAttention(backend, self._metadata, self._context)
+        self._model, self._head = model_runner.model, head
+        self._graph = self._captured(pool) if shape.is_captured else None
 
-    def _capture(self, model_runner: Any, head: Any, attention: Any, pool: Any) -> None:
+    def _forward(self) -> torch.Tensor:
+        """What the tensors ask for, launched kernel by kernel."""
         batch = self._batch
-
-        def forward() -> torch.Tensor:
-            output = model_runner.model.forward(batch.input_ids, batch.positions, batch)
-            logprobs: torch.Tensor = output.input_token_logprobs
-            return logprobs
-
-        stream = _capture_stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        if self._adapters is not None:
+            self._adapters.choose()
         with (
-            head.scoring(self._rows, self._tokens),
-            forward_context(ForwardContext(attn_backend=attention)),
+            self._head.scoring(self._rows, self._tokens),
+            forward_context(ForwardContext(attn_backend=self._attention)),
         ):
-            with torch.cuda.stream(stream):
-                for _ in range(WARMUPS):
-                    forward()
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
-                self._logprobs = forward()
+            output = self._model.forward(batch.input_ids, batch.positions, batch)
+        logprobs: torch.Tensor = output.input_token_logprobs
+        return logprobs
+
+    def _captured(self, pool: Any) -> torch.cuda.CUDAGraph:
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUPS):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            self._logprobs = self._forward()
+        return graph
 
     def run(self, batch: PlanBatch) -> torch.Tensor:
         """Log-probabilities of a batch of this shape, float32 [targets]."""
         if self._written is not batch:
             self._write(batch)
             self._written = batch
+        if self._graph is None:
+            return self._forward()[: len(batch.positions)]
         self._graph.replay()
         return self._logprobs[: len(batch.positions)].clone()  # the next replay writes here
 
     def _write(self, batch: PlanBatch) -> None:
-        """Put a batch where the graph reads."""
+        """Put a batch where the forward reads."""
         lengths, shared = batch.lengths, batch.shared
         padding = self._shape.num_tokens - sum(lengths)
         if padding:
@@ -218,14 +231,18 @@ class ScoreGraph:
 
 
 class _StaticAdapters:
-    """Which rows are under which adapter, where a graph's kernels look for it."""
+    """Which rows are under which adapter, where a forward's kernels look for it."""
 
     def __init__(self, slots: AdapterSlots, shape: Shape) -> None:
         self._slots = slots
         capacity = shape.num_sequences + -(-shape.num_tokens // TILE_ROWS)
         self._table = torch.zeros(capacity, TABLE_WIDTH.value, dtype=torch.int32, device="cuda")
-        tiles = RowTiles(self._table, capacity, capacity)
-        slots.backend.batch_info = Batch(tiles, has_active_lora=True)
+        self._batch = Batch(RowTiles(self._table, capacity, capacity), has_active_lora=True)
+
+    def choose(self) -> None:
+        """Have the layers launch for these rows; a graph's launches stay for the rows that they
+        were captured for."""
+        self._slots.backend.batch_info = self._batch
 
     def write(self, lengths: Sequence[int], adapters: Sequence[str | None]) -> None:
         """Describe a batch's rows."""

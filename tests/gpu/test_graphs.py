@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator import score_graphs
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import Config
 from orchestrator.engine import Engine
 from orchestrator.records import Probe, StepUpdate
+from orchestrator.score_graphs import MAX_CAPTURED
 from orchestrator.spaces import SpacePlan
 
 pytestmark = [
@@ -31,11 +33,18 @@ def batches() -> list[tuple[list[list[int]], list[tuple[int, int]]]]:
     return [*found, found[0]]
 
 
+@pytest.mark.parametrize("largest", [0, MAX_CAPTURED])
 @pytest.mark.parametrize("family", ["opt", "opt-350m", "llama", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_replayed_scores_equal_eager_ones(
-    family: str, dtype: str, model_folders: dict[str, Path]
+    family: str,
+    dtype: str,
+    largest: int,
+    model_folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Those of batches that are too large for a graph, too."""
+    monkeypatch.setattr(score_graphs, "MAX_CAPTURED", largest)
     eager, replayed = (
         Engine(
             str(model_folders[family]),
@@ -55,6 +64,7 @@ def test_replayed_scores_equal_eager_ones(
         entries = replayed.score(sequences, spans, namespace="state")  # which no graph serves
         assert [span.sum for span in entries.spans] == pytest.approx(expected, abs=tolerance)
     assert 1 < len(replayed._graphs._graphs) < 12
+    assert all((each._graph is None) == (not largest) for each in replayed._graphs._graphs.values())
     plan = replayed.plan(sequences, spans)
     first, again = replayed.read(plan, [replayed.launch(plan), replayed.launch(plan)])
     assert first == again
@@ -93,15 +103,19 @@ def test_parameters_that_moved_are_not_read_where_they_were(
     replayed.close()
 
 
+@pytest.mark.parametrize("largest", [0, MAX_CAPTURED])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_graphs_serve_adapters(
     family: str,
+    largest: int,
     targets: Any,
     recipe: dict[str, Any],
     model_folders: dict[str, Path],
     engines: Callable[[str], Engine],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(score_graphs, "MAX_CAPTURED", largest)
     folder = model_folders[family]
     space = {"kind": "lora", "rank": 8, "slots": 4, "targets": targets}
     values = {**recipe, "model": {"path": str(folder), "dtype": "float32"}, "space": space}

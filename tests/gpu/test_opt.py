@@ -40,8 +40,13 @@ def test_graphs_change_neither_scores_nor_continuations(
 
 @torch.no_grad()
 def test_bfloat16_differs_no_more_than_transformers_does(tmp_path: Path) -> None:
-    """On random weights of OPT-1.3B's shape, against transformers in float32."""
+    """On random weights of OPT-1.3B's shape, against transformers in float32.
+
+    Both round at the same places, so the two means are draws of one quantity; over 512 tokens they
+    are within a few percent of each other, and one rounding more a layer would show.
+    """
     torch.manual_seed(0)
+    sequences = torch.randint(5, len(VOCABULARY), (8, 65)).tolist()
     config = OPTConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=2048,
@@ -52,14 +57,14 @@ def test_bfloat16_differs_no_more_than_transformers_does(tmp_path: Path) -> None
     OPTForCausalLM(config).save_pretrained(tmp_path)
     engine = Engine(str(tmp_path), dtype="bfloat16", device="cuda", kv_tokens=1024)
     with recorded(engine) as logits:
-        engine.score(SEQUENCES, SPANS)
+        engine.score(sequences, [(1, len(tokens)) for tokens in sequences])
     engine.close()
     flat = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).cuda()
-        rows = [model(torch.tensor([tokens], device="cuda")).logits[0, :-1] for tokens in SEQUENCES]
+        rows = [model(torch.tensor([tokens], device="cuda")).logits[0, :-1] for tokens in sequences]
         flat[dtype] = torch.cat(rows).float().cpu()
         del model
     ours = (torch.cat(logits) - flat[torch.float32]).abs().mean()
     theirs = (flat[torch.bfloat16] - flat[torch.float32]).abs().mean()
-    assert ours <= theirs
+    assert ours <= 1.05 * theirs
