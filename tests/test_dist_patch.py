@@ -1,6 +1,7 @@
 """Each patch: the symptom without it, and its absence with it."""
 
 import functools
+import inspect
 import os
 import socket
 import subprocess
@@ -13,9 +14,12 @@ import pytest
 import torch
 from conftest import DEVICE
 from sglang.srt.distributed import bootstrap
+from sglang.srt.layers.attention import torch_native_backend
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.lora import layers as lora_layers
 from sglang.srt.lora import utils as lora_utils
 from sglang.srt.model_executor import model_runner
+from torch.nn.functional import scaled_dot_product_attention
 
 from orchestrator import dist_patch
 from orchestrator.engine import Engine
@@ -192,6 +196,37 @@ def test_memory_cannot_be_pinned_without_a_device() -> None:
     assert lora_layers.torch.tensor([1], pin_memory=True).tolist() == [1]
     with pytest.raises(RuntimeError):  # where SGLang asks by itself whether it can
         torch.tensor([1], pin_memory=True)
+
+
+def test_attention_computes_new_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged sequences with and without cached tokens, two queries a key head."""
+    torch.manual_seed(0)
+    cached, new = [5, 0, 300, 7], [3, 4, 1, 9]
+    lengths = [a + b for a, b in zip(cached, new, strict=True)]
+    queries = torch.randn(sum(new), 4, 8)
+    keys, values = torch.randn(2, 400, 2, 8)
+    slots = torch.zeros(6, 320, dtype=torch.int32)
+    order = torch.randperm(400)
+    for number, length in enumerate(lengths):
+        slots[number + 1, :length] = order[:length]
+    tables = (slots, *map(torch.tensor, ([1, 2, 3, 4], lengths, cached, new)))
+    seen: list[int] = []
+
+    def counted(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        seen.append(query.shape[2])
+        return scaled_dot_product_attention(query, *others, **named)
+
+    monkeypatch.setattr(torch_native_backend, "scaled_dot_product_attention", counted)
+    attend = TorchNativeAttnBackend._run_sdpa_forward_extend
+    outputs, rows = [], []
+    for function in (inspect.unwrap(attend), attend):
+        output = torch.full_like(queries, float("nan"))
+        named = {"scaling": 0.3, "enable_gqa": True, "causal": True, "encoder_lens": None}
+        function(None, queries, output, keys, values, *tables, **named)
+        outputs.append(output)
+        rows.append(seen[-len(new) :])
+    assert rows == [lengths, new]  # the symptom, and its absence
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_target_that_sglang_decorates_is_replaced_all_the_same(
