@@ -35,7 +35,7 @@ from orchestrator.records import (
     StepUpdate,
 )
 from orchestrator.rewards import Judged, RewardPool
-from orchestrator.sampling import Continuation, Sampling
+from orchestrator.sampling import Continuation, Sampling, remembering
 from orchestrator.score_plan import ScorePlan, Scores, SpanScore
 from orchestrator.spaces import SpacePlan
 
@@ -66,6 +66,7 @@ class Replica:
         self._tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.model.trust_remote_code
         )
+        self._text = remembering(self._decode)
         self._is_activated = config.space.activation == "suffix"
         self._encoder = Encoder(
             data,
@@ -337,7 +338,7 @@ class Replica:
             sampling,
             adapters=adapters,
             seeds=seeds,
-            decode=self._decode,
+            decode=self._text,
             namespace=namespace,
             contexts=[prompt.context for prompt in prompts],
             base=self._base,

@@ -7,6 +7,7 @@ own number alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ Ending = Literal["stop", "length", "undefined"]
 UNDEFINED = -1  # stands for a token where logits are not finite
 UNFINISHED_CHARACTER = "\ufffd"  # how a decoder writes bytes that are no whole character yet
 WEIGHT_UNITS = 2**40
+KEPT_TEXTS, SHORT = 2**17, 3  # sequences, of so many tokens at most
 MAX_WEIGHTS_AT_ONCE = 2**23  # bounds the float64 values that exist at one time
 
 
@@ -113,6 +115,17 @@ def _drawn(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     sums = weights.cumsum(dim=1)
     share = (uniforms * sums[:, -1].double()).long()
     return torch.searchsorted(sums, share[:, None], right=True)[:, 0]
+
+
+def remembering(decode: Decode) -> Decode:
+    """The same function, which keeps the texts of short sequences: a transcript asks twice a token,
+    and tokenizers take longer over a few tokens than the device does over all rows."""
+    kept = lru_cache(maxsize=KEPT_TEXTS)(decode)
+
+    def text(tokens: Sequence[int]) -> str:
+        return kept(tuple(tokens)) if len(tokens) <= SHORT else decode(tokens)
+
+    return text
 
 
 class Transcript:

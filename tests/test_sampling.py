@@ -6,7 +6,15 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from orchestrator.sampling import UNDEFINED, Sampling, Transcript, choose, continuation
+from orchestrator.sampling import (
+    SHORT,
+    UNDEFINED,
+    Sampling,
+    Transcript,
+    choose,
+    continuation,
+    remembering,
+)
 
 GRID = 4000
 VOCABULARY = 100
@@ -120,6 +128,23 @@ def test_a_transcript_agrees_with_the_text_of_the_whole() -> None:
             ]
             expected = held.index(True) + 1 if True in held else None
             assert stopped_at(tokens, word_text, stops) == expected
+
+
+def test_texts_of_short_sequences_are_decoded_once() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def decode(tokens: Sequence[int]) -> str:
+        asked.append(tuple(tokens))
+        return word_text(tokens)
+
+    kept = remembering(decode)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(300):
+        tokens = torch.randint(0, 8, (12,), generator=generator).tolist()
+        stops = (" a\n", "ped")
+        assert stopped_at(tokens, kept, stops) == stopped_at(tokens, word_text, stops)
+    short = [tokens for tokens in asked if len(tokens) <= SHORT]
+    assert len(short) == len(set(short)) > 64
 
 
 def test_a_continuation_is_cut_before_its_first_stop_string() -> None:
