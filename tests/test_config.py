@@ -249,3 +249,18 @@ def test_the_fleets_size_is_a_number_or_auto() -> None:
     for value in ("0", "1.5"):
         with pytest.raises(ConfigError, match=r"fleet\.gpus_per_replica: .* is not accepted"):
             load(DEMO, [f"fleet.gpus_per_replica={value}"])
+
+
+def test_the_fleets_bounds_agree() -> None:
+    ray = "fleet.kind=ray"
+    assert load(DEMO, [ray, "fleet.num_replicas=2", "fleet.max_replicas=4"]).fleet.is_elastic
+    assert not load(DEMO, [ray, "fleet.num_replicas=2", "fleet.min_replicas=2"]).fleet.is_elastic
+    for overrides, message in (
+        (["num_replicas=2", "min_replicas=3"], "min_replicas: 3 is above num_replicas, 2"),
+        (["num_replicas=auto", "min_replicas=3", "max_replicas=2"], "min_replicas: 3 is above max_replicas, 2"),
+        (["num_replicas=2", "max_replicas=1"], "max_replicas: 1 is below num_replicas, 2"),
+        (["kind=local", "min_replicas=2", "num_replicas=2"], "min_replicas: 2: a fleet of kind"),
+        (["kind=local", "max_replicas=2"], "max_replicas: 2: a fleet of kind local"),
+    ):
+        with pytest.raises(ConfigError, match=f"fleet.{message}"):
+            load(DEMO, [ray, *(f"fleet.{override}" for override in overrides)])
