@@ -209,13 +209,14 @@ def fleets(recipe: dict[str, Any], tmp_path: Path, cluster: str) -> Iterator[Fle
         values = {
             **recipe,
             "task": {**recipe["task"], **task},
-            "fleet": {"kind": "ray", "num_replicas": num_replicas, "min_replicas": num_replicas},
+            "fleet": {"kind": "ray", "num_replicas": num_replicas},
             "run": {**recipe["run"], "steps": STEPS},
         }
         config = Config.model_validate(values)
         said: list[str] = []
         made.append(actors.ActorFleet(config, tmp_path / "log", said.append, limits))
         made[-1].start()
+        recover(made[-1])
         return made[-1]
 
     yield make
