@@ -7,6 +7,7 @@ replica computes; who computes what, and when a call is given up, is `dispatch`'
 import logging
 import os
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.util.scheduling_strategies
 
 from orchestrator import dist_patch, environment, output, placement
 from orchestrator.config import Config, ConfigError
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 NEWS_S = 15.0  # between two messages about what is being waited for
 # A seat's states before its actor is up, and what is then waited for.
 ON_THE_WAY: dict[State, str] = {"loading": "to load the model", "catching up": "to catch up"}
+NEWS_OF_DEATH_S = 10.0  # until Ray tells of a process that has died
 LOOK_S = 3.0  # between two looks at the cluster's nodes
 # What Ray says when a process or a node is gone.
 DEATHS = (
@@ -51,18 +54,27 @@ MACHINE_FAILURES = ("MemoryError", "OutOfMemoryError", "AcceleratorError")
 
 
 class ReplicaActor:
-    """A replica in a process of its own."""
+    """A replica in a process of its own, or a rank of one."""
 
-    def load(self, config: Config, device: str, log: Path) -> ReplicaInfo:
+    def meeting_place(self) -> str:
+        """A fresh URL at which the ranks of this replica can meet; they are all on this node."""
+        self._folder = tempfile.TemporaryDirectory(prefix="orchestrator-ranks-")
+        return f"file://{self._folder.name}/rendezvous"
+
+    def load(
+        self, config: Config, device: str, log: Path, rank: int = 0, meeting_place: str = ""
+    ) -> ReplicaInfo:
         """Load everything. Not in the constructor: Ray tells why a call failed, but not why a
-        constructor did."""
+        constructor did. All ranks must be loading for one to end."""
         if log.parent.is_dir():  # another node may not have the run folder
             output.divert(log)
         dist_patch.apply(device)
         # SGLang may be imported only after the patches, so not at this module's top.
         from orchestrator.replica import Replica
+        from orchestrator.runner import World
 
-        self._replica = Replica(config, device)
+        world = World(rank, config.fleet.tp_size, meeting_place)
+        self._replica = Replica(config, device, world)
         return self._replica.info
 
     def evaluate(self, updates: Sequence[StepUpdate], probes: Sequence[Probe]) -> list[ProbeLoss]:
@@ -111,11 +123,11 @@ class ActorFleet:
         self._updates = UpdateLog()
         self._dispatcher = Dispatcher(limits, time.monotonic, config.fleet.min_replicas)
         self._info: ReplicaInfo | None = None
-        self._pending: dict[Any, Seat] = {}  # calls that are not answered, one an actor
+        self._pending: dict[Any, Seat] = {}  # calls that are not answered, one a rank
         self._answers: dict[int, Any] = {}
         self._proven: set[str] = set()  # kinds of tasks that some replica has answered
         self._has_started = self._is_paused = False
-        self._rehearsal: Callable[[Seat], Any] | None = None
+        self._rehearsal: Callable[[Seat], None] | None = None
         self._room, self._last_look = 0, 0.0
         self._last_loss = ""
         self._reason = ""  # what a round is for, if the user is to be told
@@ -132,13 +144,13 @@ class ActorFleet:
         self._connect()
         device = self._device()
         fleet = self._config.fleet
-        self._create = ray.remote(ReplicaActor).options(
-            num_cpus=fleet.threads_per_replica,
-            num_gpus=fleet.gpus_per_replica if device == "cuda" else 0,
-            runtime_env={"env_vars": _environment(fleet.threads_per_replica)},
-        )
-        self._load_arguments = (self._config, device, self._log)
         self._needs = placement.Needs.of(fleet, device)
+        self._actor_options = {
+            "num_cpus": self._needs.cpus,
+            "num_gpus": self._needs.gpus,
+            "runtime_env": {"env_vars": _environment(fleet.threads_per_replica)},
+        }
+        self._load_arguments = (self._config, device, self._log)
         nodes = _nodes()
         placement.check(fleet, self._needs, nodes)
         if fleet.is_elastic:
@@ -168,7 +180,7 @@ class ActorFleet:
             return
         fleet = self._config.fleet
         number = 1 if fleet.num_replicas == "auto" else fleet.num_replicas
-        wanted = max(number * fleet.threads_per_replica, os.cpu_count() or 1)
+        wanted = max(number * fleet.threads_per_replica * fleet.tp_size, os.cpu_count() or 1)
         where: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS")}
         if not where["address"]:
             where = {"address": "local", "num_cpus": wanted, "include_dashboard": False}
@@ -198,7 +210,7 @@ class ActorFleet:
         return self._shared(
             "evaluate",
             [len(group) for group in groups],
-            lambda seat, task: seat.actor.evaluate.remote(self._missing(seat), groups[task]),
+            lambda seat, task: self._call(seat, "evaluate", groups[task]),
         )
 
     def score(
@@ -208,15 +220,11 @@ class ActorFleet:
         return self._shared(
             "score, calibrated" if calibrated else "score",
             [len(chunk) for chunk in chunks],
-            lambda seat, task: seat.actor.score.remote(
-                self._missing(seat), split, chunks[task], calibrated
-            ),
+            lambda seat, task: self._call(seat, "score", split, chunks[task], calibrated),
         )
 
     def linear_probe(self) -> list[ExampleScore]:
-        return self._shared(
-            "linear probe", [1], lambda seat, _: seat.actor.linear_probe.remote(self._missing(seat))
-        )
+        return self._shared("linear probe", [1], lambda seat, _: self._call(seat, "linear_probe"))
 
     def digests(self) -> dict[str, str]:
         """Digests of the replicas that are up. One that differs from most is rebuilt, by replay
@@ -238,24 +246,32 @@ class ActorFleet:
     def _digests(self) -> dict[str, str]:
         return self._each(
             "digest",
-            lambda seat: seat.actor.digest.remote(self._missing(seat)),
+            lambda seat: self._call(seat, "digest"),
             "to catch up and compute its digest",
         )
 
     def export(self, folder: Path) -> None:
         self._each(
             "export",
-            lambda seat: seat.actor.export.remote(self._missing(seat), folder),
+            lambda seat: self._call(seat, "export", folder),
             "to replay the ledger and write the model",
         )
 
-    def _missing(self, seat: Seat) -> list[StepUpdate]:
+    def _call(self, seat: Seat, method: str, *arguments: Any) -> None:
+        """Ask all ranks of a replica, with the updates that it has not been sent."""
         missing = self._updates[seat.num_applied :]
         seat.num_applied = len(self._updates)
-        return missing
+        self._ask(
+            seat, [getattr(actor, method).remote(missing, *arguments) for actor in seat.actors]
+        )
+
+    def _ask(self, seat: Seat, calls: Sequence[Any]) -> None:
+        """Wait for the answers to a call, by rank."""
+        seat.ask(calls)
+        self._pending.update(dict.fromkeys(calls, seat))
 
     def _shared(
-        self, kind: str, sizes: Sequence[int], call: Callable[[Seat, int], Any]
+        self, kind: str, sizes: Sequence[int], call: Callable[[Seat, int], None]
     ) -> list[Any]:
         """Tasks on whichever replicas are free; answers, which are lists, joined in their order."""
         self._dispatcher.begin(kind, sizes)
@@ -264,7 +280,7 @@ class ActorFleet:
         self._rehearsal = None
         return [answer for task in range(len(sizes)) for answer in self._answers[task]]
 
-    def _each(self, kind: str, call: Callable[[Seat], Any], reason: str) -> dict[str, Any]:
+    def _each(self, kind: str, call: Callable[[Seat], None], reason: str) -> dict[str, Any]:
         """One answer of every replica that is up and stays so; of one at least. The user is told
         what is waited for and why."""
         while True:
@@ -275,7 +291,7 @@ class ActorFleet:
                 return {names[task]: self._answers[task] for task in sorted(self._answers)}
             self._attend()
 
-    def _finish(self, kind: str, call: Callable[[Seat, int], Any], reason: str = "") -> None:
+    def _finish(self, kind: str, call: Callable[[Seat, int], None], reason: str = "") -> None:
         """See the round through that the dispatcher has begun."""
         self._answers, self._reason = {}, reason
         self._last_news = time.monotonic()
@@ -283,7 +299,7 @@ class ActorFleet:
             for number, task in self._dispatcher.assign():
                 seat = self._seats[number]
                 seat.kind = kind
-                self._pending[call(seat, task)] = seat
+                call(seat, task)
             self._attend()
 
     # ---------------------------------------------------------------- replicas come and go
@@ -293,9 +309,13 @@ class ActorFleet:
         before, so that what is done here costs a step nothing."""
         self._look()
         for reference in _ready(list(self._pending), self._dispatcher.pause()):
+            if reference not in self._pending:  # of a replica that was given up just now
+                continue
             seat = self._pending.pop(reference)
             try:
-                self._take(seat, _result(seat, reference, self._is_proven(seat)))
+                answer = _result(seat, reference, self._is_proven(seat))
+                if seat.hear(reference, answer):
+                    self._take(seat, seat.answer)
             except _Lost as error:
                 self._lose(seat, error)
         for number in self._dispatcher.overdue():
@@ -324,7 +344,11 @@ class ActorFleet:
         """What an actor has answered, be it a task's or one on the way to its first."""
         if seat.state == "placing":
             seat.enter("loading", time.monotonic())
-            self._pending[seat.actor.load.remote(*self._load_arguments)] = seat
+            calls = [
+                actor.load.remote(*self._load_arguments, rank, answer)
+                for rank, actor in enumerate(seat.actors)
+            ]
+            self._ask(seat, calls)
         elif seat.state == "loading":
             if self._info is None:
                 self._info = answer
@@ -344,24 +368,36 @@ class ActorFleet:
                 self._answers[task] = answer
 
     def _place(self, seat: Seat) -> None:
-        """Ask for an actor. It stands at the base model: its first call brings all updates."""
-        seat.actor, seat.num_applied = self._create.remote(), 0
+        """Ask for actors, which stand at the base model: their first call brings all updates.
+
+        Several ranks are placed on one node, or not at all.
+        """
+        ranks = range(self._needs.ranks)
+        options: list[dict[str, Any]] = [{}]
+        if len(ranks) > 1:
+            bundle = {"CPU": self._needs.cpus, "GPU": self._needs.gpus}
+            bundle = {name: amount for name, amount in bundle.items() if amount}
+            seat.group = ray.util.placement_group([bundle for _ in ranks], strategy="STRICT_PACK")
+            options = [{"scheduling_strategy": _in_group(seat.group, rank)} for rank in ranks]
+        create = ray.remote(ReplicaActor)
+        seat.actors = [create.options(**self._actor_options, **each).remote() for each in options]
+        seat.num_applied = 0
         seat.enter("placing", time.monotonic())
-        self._pending[seat.actor.__ray_ready__.remote()] = seat
+        others = [actor.__ray_ready__.remote() for actor in seat.actors[1:]]
+        self._ask(seat, [seat.actor.meeting_place.remote(), *others])
 
     def _catch_up(self, seat: Seat) -> None:
         """Bring a replica to where the others are before it is given work, which would wait for
         it: all updates, and the task that the others are at, so that it compiles and captures
         what that takes. Its answer is dropped."""
-        if self._rehearsal is not None:
-            call = self._rehearsal(seat)
-        elif len(self._updates):
-            call = seat.actor.evaluate.remote(self._missing(seat), [])
-        else:
+        if self._rehearsal is None and not len(self._updates):
             self._join(seat)
             return
         seat.enter("catching up", time.monotonic())
-        self._pending[call] = seat
+        if self._rehearsal is not None:
+            self._rehearsal(seat)
+        else:
+            self._call(seat, "evaluate", [])
 
     def _join(self, seat: Seat) -> None:
         seat.enter("ready", time.monotonic())
@@ -389,10 +425,12 @@ class ActorFleet:
             self._say(f"the cluster has room for {_some(self._room)}; {does} {names}")
 
     def _dismiss(self, seat: Seat) -> None:
-        """End a seat's actor, dead or not, and what it was asked."""
-        if seat.actor is not None:
-            ray.kill(seat.actor)
-        seat.actor = None
+        """End a seat's actors, dead or not, and what they were asked."""
+        for actor in seat.actors:
+            ray.kill(actor)
+        if seat.group is not None:
+            ray.util.remove_placement_group(seat.group)
+        seat.actors, seat.group = [], None
         self._pending = {call: other for call, other in self._pending.items() if other is not seat}
 
     def _lose(self, seat: Seat, reason: _Lost) -> None:
@@ -478,6 +516,12 @@ def _some(number: int) -> str:
     return f"{number or 'no'} replica{'s' * (number > 1)}"
 
 
+def _in_group(group: Any, rank: int) -> Any:
+    return ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+        placement_group=group, placement_group_bundle_index=rank
+    )
+
+
 def _free_resources() -> str:
     free = ray.available_resources()
     return (
@@ -497,6 +541,8 @@ def _result(seat: Seat, reference: Any, is_proven: bool) -> Any:
     except DEATHS as error:
         raise _Lost("died") from error
     except ray.exceptions.RayTaskError as error:
+        if _has_died([call for call in seat.calls if call != reference]):
+            raise _Lost("died") from error  # what one rank says of another's death
         cause = error.cause or error
         what = f"{type(cause).__name__}: {cause}"
         is_machine = type(cause).__name__ in MACHINE_FAILURES or seat.state in ON_THE_WAY
@@ -505,6 +551,19 @@ def _result(seat: Seat, reference: Any, is_proven: bool) -> Any:
         if isinstance(cause, ConfigError):
             raise cause from None
         raise FleetError(f"{seat.name}: {what}") from error
+
+
+def _has_died(calls: list[Any]) -> bool:
+    """Whether one of other ranks' processes is gone. One that computes is not waited for long."""
+    ended = ray.wait(calls, num_returns=len(calls), timeout=NEWS_OF_DEATH_S)[0] if calls else []
+    for call in ended:
+        try:
+            ray.get(call)
+        except DEATHS:
+            return True
+        except ray.exceptions.RayTaskError:
+            pass
+    return False
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -410,7 +410,11 @@ class FleetSection(Section):
     gpus_per_replica: Annotated[float, Field(gt=0, le=1)] = 1
     """ray: share of a GPU that a replica takes; replicas that share one share its memory, too."""
     threads_per_replica: Positive = 1
-    """CPU threads of a replica; part of the run's identity, since it orders float sums."""
+    """CPU threads of a replica, or of each of its ranks; part of the run's identity, since it
+    orders float sums."""
+    tp_size: Positive = 1
+    """ray: ranks of a replica, processes of one node that hold one model together; with GPUs, one
+    each. Part of the run's identity if above 1."""
 
     @model_validator(mode="before")
     @classmethod
@@ -429,6 +433,16 @@ class FleetSection(Section):
             raise ValueError(
                 f"{key}: {getattr(self, key)}: a fleet of kind local neither grows nor waits; "
                 "leave it out, or use kind ray"
+            )
+        if self.tp_size > 1 and self.kind == "local":
+            raise ValueError(
+                f"tp_size: {self.tp_size}: ranks are processes, and a fleet of kind local is one; "
+                "leave it out, or use kind ray"
+            )
+        if self.tp_size > 1 and self.gpus_per_replica != 1:
+            raise ValueError(
+                f"gpus_per_replica: {self.gpus_per_replica:g}: with tp_size {self.tp_size} each "
+                "rank takes a whole GPU; leave it out"
             )
         number = None if self.num_replicas == "auto" else self.num_replicas
         for most, key in ((number, "num_replicas"), (self.max_replicas, "max_replicas")):
@@ -540,6 +554,8 @@ class Config(Section):
             },
         )
         data["threads"] = self.fleet.threads_per_replica
+        if self.fleet.tp_size > 1:
+            data["tp_size"] = self.fleet.tp_size
         data["run"] = {"steps": self.run.steps, "seed": self.run.seed}
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -18,32 +18,42 @@ class Needs:
     """What one replica takes, all of it on one node."""
 
     cpus: int
+    """Of each rank."""
     gpus: float
-    """A share of one GPU; 0 on a CPU."""
+    """Share of one GPU that each rank takes; 0 on a CPU."""
+    ranks: int = 1
 
     @classmethod
     def of(cls, fleet: FleetSection, device: str) -> "Needs":
         """`device` is "cpu" or "cuda"."""
-        return cls(fleet.threads_per_replica, fleet.gpus_per_replica if device == "cuda" else 0)
+        gpus = fleet.gpus_per_replica if device == "cuda" else 0
+        return cls(fleet.threads_per_replica, gpus, fleet.tp_size)
 
     def room(self, nodes: Iterable[Node]) -> int:
         """Replicas that the nodes hold together."""
         return sum(min(self._on_cpus(node), self.room_on_gpus(node)) for node in nodes)
 
     def _on_cpus(self, node: Node) -> int:
-        return int(node.get("CPU", 0)) // self.cpus
+        return int(node.get("CPU", 0)) // (self.cpus * self.ranks)
 
     def room_on_gpus(self, node: Node) -> int:
-        """Replicas that a node's GPUs hold, each on one of them; as many as its CPUs where a
+        """Replicas that a node's GPUs hold, each rank on one of them; as many as its CPUs where a
         replica takes none."""
         if not self.gpus:
             return self._on_cpus(node)
         share = round(self.gpus * GPU_SHARES)
-        return int(node.get("GPU", 0)) * (GPU_SHARES // share)
+        return int(node.get("GPU", 0)) * (GPU_SHARES // share) // self.ranks
 
     def __str__(self) -> str:
-        cpus = f"{self.cpus} CPU{'s' * (self.cpus > 1)}"
-        return f"{cpus} and {self.gpus:g} GPU" if self.gpus else cpus
+        cpus = self.cpus * self.ranks
+        words = f"{cpus} CPU{'s' * (cpus > 1)}"
+        return f"{words} and {self.gpu_words}" if self.gpus else words
+
+    @property
+    def gpu_words(self) -> str:
+        if self.ranks > 1:
+            return f"{self.ranks} GPUs of one node"
+        return "a GPU" if self.gpus == 1 else f"{self.gpus:g} GPU"
 
 
 def wanted(fleet: FleetSection, room: int, *, has_started: bool) -> int:
@@ -75,13 +85,13 @@ def check(fleet: FleetSection, needs: Needs, nodes: Iterable[Node]) -> None:
             raise ConfigError(
                 f"fleet.num_replicas: {number}: no node of the cluster has room for a replica, "
                 f"with {needs}; lower fleet.threads_per_replica"
+                f"{' or fleet.tp_size' * (needs.ranks > 1)}"
             )
         return
     room = sum(map(needs.room_on_gpus, nodes))
     if needs.gpus and room < wanted(fleet, room, has_started=False):
         num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
-        each = "a GPU" if needs.gpus == 1 else f"{needs.gpus:g} GPU"
         raise ConfigError(
-            f"fleet.num_replicas: {number} replicas want {each} each, and the cluster has "
-            f"{num_gpus}; lower it, or set model.device=cpu"
+            f"fleet.num_replicas: {number} replicas want {needs.gpu_words} each, and the "
+            f"cluster has {num_gpus}; lower it, or set model.device=cpu"
         )

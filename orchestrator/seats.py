@@ -1,11 +1,11 @@
 """Seats: the replicas of a fleet as it sees them, places that one actor after another may hold.
 
 Owns what is known of each, and which are opened and let go as the cluster grows and shrinks. Knows
-nothing of Ray: what holds a seat is handed in.
+nothing of Ray: actors and calls are handed in.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 State = Literal["placing", "loading", "catching up", "ready", "empty"]
@@ -13,10 +13,13 @@ State = Literal["placing", "loading", "catching up", "ready", "empty"]
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """A place that one actor after another may hold."""
+    """A place that one actor after another may hold, or one group of actors, one a rank."""
 
     number: int
-    actor: Any = None
+    actors: list[Any] = field(default_factory=list)
+    """By rank; none while the seat is empty."""
+    group: Any = None
+    """Holds the actors together, if they are several."""
     state: State = "empty"
     kind: str = ""
     """Of the task that the actor computes, or computed last."""
@@ -26,10 +29,32 @@ class Seat:
     """Actors that were lost since one last answered a task."""
     num_applied: int = 0
     """Updates that the actor was sent."""
+    calls: list[Any] = field(default_factory=list)
+    """The call under way, or the last one, by rank."""
+    answer: Any = None
+    """Rank 0's, which counts."""
+    num_awaited: int = 0
+    """Ranks that have not answered yet."""
 
     @property
     def name(self) -> str:
         return f"replica {self.number}"
+
+    @property
+    def actor(self) -> Any:
+        """Rank 0's."""
+        return self.actors[0] if self.actors else None
+
+    def ask(self, calls: Sequence[Any]) -> None:
+        """A call to all ranks is under way."""
+        self.calls, self.answer, self.num_awaited = list(calls), None, len(calls)
+
+    def hear(self, call: Any, answer: Any) -> bool:
+        """Take a rank's answer; whether that makes the call answered: when all ranks have."""
+        if call == self.calls[0]:
+            self.answer = answer
+        self.num_awaited -= 1
+        return not self.num_awaited
 
     def enter(self, state: State, now: float) -> None:
         self.state, self.since = state, now
