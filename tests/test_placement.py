@@ -21,6 +21,13 @@ def test_a_replica_lies_on_one_node() -> None:
     assert Needs(1, 1).room(nodes) == 1
 
 
+def test_ranks_of_a_replica_lie_on_one_node_with_a_gpu_each() -> None:
+    nodes = [{"CPU": 16.0, "GPU": 3.0}, {"CPU": 5.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 1.0}]
+    assert Needs(1, 1, ranks=2).room(nodes) == 1 + 2
+    assert Needs(3, 1, ranks=2).room(nodes) == 1
+    assert Needs(2, 0, ranks=4).room(nodes) == 2 + 0 + 2
+
+
 def test_what_is_wanted_follows_the_room_where_the_fleet_is_elastic() -> None:
     def numbers(room: int, **section: Any) -> tuple[int, int]:
         fleet = FleetSection(**section)
@@ -42,6 +49,8 @@ def test_what_could_never_be_placed_is_refused() -> None:
     refused([{"CPU": 4.0}], num_replicas=9)
     refused([{"CPU": 8.0, "GPU": 2.0}], num_replicas=4, gpus_per_replica=0.5)
     refused([{"CPU": 8.0, "GPU": 2.0}], num_replicas=4, max_replicas=4)  # others may come
+    with pytest.raises(ConfigError, match="2 replicas want 2 GPUs of one node each, and"):
+        refused([{"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 1.0}], num_replicas=2, tp_size=2)
     with pytest.raises(ConfigError, match="3 replicas want a GPU each, and the cluster has 2;"):
         refused([{"CPU": 8.0, "GPU": 2.0}], num_replicas=3)
     with pytest.raises(ConfigError, match=r"num_replicas: auto: no node .* with 5 CPUs;"):
