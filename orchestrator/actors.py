@@ -7,16 +7,17 @@ replica computes; who computes what, and when a call is given up, is `dispatch`'
 import logging
 import os
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
+import ray.util.scheduling_strategies
 
-from orchestrator import dist_patch, environment, output
+from orchestrator import dist_patch, environment, output, placement
 from orchestrator.config import Config, ConfigError
 from orchestrator.dispatch import Dispatcher, Limits, TaskLost, pause_before_attempt
 from orchestrator.records import (
@@ -32,10 +33,14 @@ from orchestrator.records import (
     example_chunks,
     probe_groups,
 )
+from orchestrator.seats import Seat, Seats, State
 
 logger = logging.getLogger(__name__)
 NEWS_S = 15.0  # between two messages about what is being waited for
-GPU_SHARES = 10_000  # Ray counts parts of a GPU in these
+# A seat's states before its actor is up, and what is then waited for.
+ON_THE_WAY: dict[State, str] = {"loading": "to load the model", "catching up": "to catch up"}
+NEWS_OF_DEATH_S = 10.0  # until Ray tells of a process that has died
+LOOK_S = 3.0  # between two looks at the cluster's nodes
 # What Ray says when a process or a node is gone.
 DEATHS = (
     ray.exceptions.RayActorError,
@@ -49,18 +54,27 @@ MACHINE_FAILURES = ("MemoryError", "OutOfMemoryError", "AcceleratorError")
 
 
 class ReplicaActor:
-    """A replica in a process of its own."""
+    """A replica in a process of its own, or a rank of one."""
 
-    def load(self, config: Config, device: str, log: Path) -> ReplicaInfo:
+    def meeting_place(self) -> str:
+        """A fresh URL at which the ranks of this replica can meet; they are all on this node."""
+        self._folder = tempfile.TemporaryDirectory(prefix="orchestrator-ranks-")
+        return f"file://{self._folder.name}/rendezvous"
+
+    def load(
+        self, config: Config, device: str, log: Path, rank: int = 0, meeting_place: str = ""
+    ) -> ReplicaInfo:
         """Load everything. Not in the constructor: Ray tells why a call failed, but not why a
-        constructor did."""
+        constructor did. All ranks must be loading for one to end."""
         if log.parent.is_dir():  # another node may not have the run folder
             output.divert(log)
         dist_patch.apply(device)
         # SGLang may be imported only after the patches, so not at this module's top.
         from orchestrator.replica import Replica
+        from orchestrator.runner import World
 
-        self._replica = Replica(config, device)
+        world = World(rank, config.fleet.tp_size, meeting_place)
+        self._replica = Replica(config, device, world)
         return self._replica.info
 
     def evaluate(self, updates: Sequence[StepUpdate], probes: Sequence[Probe]) -> list[ProbeLoss]:
@@ -89,28 +103,9 @@ class _Lost(Exception):
     """A replica can compute nothing more."""
 
 
-@dataclass(slots=True)
-class _Seat:
-    """A replica as the fleet sees it: a place that one actor after another may hold."""
-
-    number: int
-    actor: Any = None
-    state: Literal["placing", "loading", "ready", "empty"] = "empty"
-    kind: str = ""
-    """Of the task that the actor computes, or computed last."""
-    since: float = 0.0
-    """When the state began."""
-    failures: int = 0
-    """Actors that were lost since one last answered a task."""
-    num_applied: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"replica {self.number}"
-
-
 class ActorFleet:
-    """Replicas as actors. Those that die, hang or differ are replaced while the others go on."""
+    """Replicas as actors. Those that die, hang or differ are replaced while the others go on; an
+    elastic fleet follows the nodes of its cluster."""
 
     def __init__(
         self,
@@ -124,14 +119,16 @@ class ActorFleet:
         self._log = log
         self._say = say
         self._limits = limits
-        self._seats: list[_Seat] = []
+        self._seats = Seats()
         self._updates = UpdateLog()
-        self._dispatcher = Dispatcher(limits, time.monotonic)
+        self._dispatcher = Dispatcher(limits, time.monotonic, config.fleet.min_replicas)
         self._info: ReplicaInfo | None = None
-        self._pending: dict[Any, _Seat] = {}  # calls that are not answered, one an actor
+        self._pending: dict[Any, Seat] = {}  # calls that are not answered, one a rank
         self._answers: dict[int, Any] = {}
         self._proven: set[str] = set()  # kinds of tasks that some replica has answered
-        self._has_started = False
+        self._has_started = self._is_paused = False
+        self._rehearsal: Callable[[Seat], None] | None = None
+        self._room, self._last_look = 0, 0.0
         self._last_loss = ""
         self._reason = ""  # what a round is for, if the user is to be told
         self._last_news = 0.0
@@ -139,28 +136,33 @@ class ActorFleet:
     # ---------------------------------------------------------------- life
 
     def start(self) -> ReplicaInfo:
-        """Place the actors and wait until all of them have loaded the model, or have failed to.
+        """Place the actors and wait until fleet.min_replicas of them have loaded the model.
 
         Raises what is wrong with the recipe as the replica told it. One that dies while it loads
-        is tried again later, unless it was the only one.
+        is tried again later, unless all have.
         """
         self._connect()
         device = self._device()
-        threads = self._config.fleet.threads_per_replica
-        self._create = ray.remote(ReplicaActor).options(
-            num_cpus=threads,
-            num_gpus=self._config.fleet.gpus_per_replica if device == "cuda" else 0,
-            runtime_env={"env_vars": _environment(threads)},
-        )
+        fleet = self._config.fleet
+        self._needs = placement.Needs.of(fleet, device)
+        self._actor_options = {
+            "num_cpus": self._needs.cpus,
+            "num_gpus": self._needs.gpus,
+            "runtime_env": {"env_vars": _environment(fleet.threads_per_replica)},
+        }
         self._load_arguments = (self._config, device, self._log)
-        self._seats = [_Seat(number) for number in range(self._num_replicas(device))]
+        nodes = _nodes()
+        placement.check(fleet, self._needs, nodes)
+        if fleet.is_elastic:
+            self._say(f"the cluster has room for {_some(self._needs.room(nodes))}")
         self._last_news = time.monotonic()
-        for seat in self._seats:
-            self._place(seat)
-        while any(seat.state != "ready" and not seat.failures for seat in self._seats):
+        self._resize(nodes)
+        while self._dispatcher.is_short:
+            has_failed = bool(self._last_loss) and all(seat.failures for seat in self._seats)
+            if has_failed and self._info is None:
+                raise self._too_few_left()
             self._attend()
-        if self._info is None:
-            raise FleetError(f"{self._last_loss}, and no replica is left; see {self._log}")
+        assert self._info is not None  # a replica is up
         self._has_started = True
         return self._info
 
@@ -178,7 +180,7 @@ class ActorFleet:
             return
         fleet = self._config.fleet
         number = 1 if fleet.num_replicas == "auto" else fleet.num_replicas
-        wanted = max(number * fleet.threads_per_replica, os.cpu_count() or 1)
+        wanted = max(number * fleet.threads_per_replica * fleet.tp_size, os.cpu_count() or 1)
         where: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS")}
         if not where["address"]:
             where = {"address": "local", "num_cpus": wanted, "include_dashboard": False}
@@ -198,36 +200,6 @@ class ActorFleet:
             return wanted
         return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
 
-    def _num_replicas(self, device: str) -> int:
-        """How many replicas there are to be; refuses more than could ever be placed on GPUs."""
-        fleet = self._config.fleet
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
-        if fleet.num_replicas != "auto":
-            room = sum(_room_on_gpus(node, fleet.gpus_per_replica) for node in nodes)
-            if device == "cuda" and room < fleet.num_replicas:
-                each = "a GPU" if fleet.gpus_per_replica == 1 else f"{fleet.gpus_per_replica:g} GPU"
-                raise ConfigError(
-                    f"fleet.num_replicas: {fleet.num_replicas} replicas want {each} each, and the "
-                    f"cluster has {num_gpus}; lower it, or set model.device=cpu"
-                )
-            return fleet.num_replicas
-        number = 0
-        for node in nodes:
-            room = int(node.get("CPU", 0)) // fleet.threads_per_replica
-            if device == "cuda":
-                room = min(room, _room_on_gpus(node, fleet.gpus_per_replica))
-            number += room
-        if not number:
-            raise ConfigError(
-                f"fleet.num_replicas: auto: no node of the cluster has room for a replica, with "
-                f"{fleet.threads_per_replica} CPUs"
-                + (f" and {fleet.gpus_per_replica:g} GPU" if device == "cuda" else "")
-                + "; lower fleet.threads_per_replica"
-            )
-        self._say(f"the cluster has room for {number} replica{'s' * (number > 1)}")
-        return number
-
     # ---------------------------------------------------------------- work
 
     def apply(self, update: StepUpdate) -> None:
@@ -238,7 +210,7 @@ class ActorFleet:
         return self._shared(
             "evaluate",
             [len(group) for group in groups],
-            lambda seat, task: seat.actor.evaluate.remote(self._missing(seat), groups[task]),
+            lambda seat, task: self._call(seat, "evaluate", groups[task]),
         )
 
     def score(
@@ -248,15 +220,11 @@ class ActorFleet:
         return self._shared(
             "score, calibrated" if calibrated else "score",
             [len(chunk) for chunk in chunks],
-            lambda seat, task: seat.actor.score.remote(
-                self._missing(seat), split, chunks[task], calibrated
-            ),
+            lambda seat, task: self._call(seat, "score", split, chunks[task], calibrated),
         )
 
     def linear_probe(self) -> list[ExampleScore]:
-        return self._shared(
-            "linear probe", [1], lambda seat, _: seat.actor.linear_probe.remote(self._missing(seat))
-        )
+        return self._shared("linear probe", [1], lambda seat, _: self._call(seat, "linear_probe"))
 
     def digests(self) -> dict[str, str]:
         """Digests of the replicas that are up. One that differs from most is rebuilt, by replay
@@ -269,38 +237,50 @@ class ActorFleet:
         rebuilt = [seat for seat in self._seats if seat.name in astray]
         for seat in rebuilt:
             self._lose(seat, _Lost("differs"))
-        while any(seat.state != "ready" and seat.failures == 1 for seat in rebuilt):
+        while any(
+            seat.state != "ready" and seat.failures == 1 and seat in self._seats for seat in rebuilt
+        ):
             self._attend()
         return self._digests()
 
     def _digests(self) -> dict[str, str]:
         return self._each(
             "digest",
-            lambda seat: seat.actor.digest.remote(self._missing(seat)),
+            lambda seat: self._call(seat, "digest"),
             "to catch up and compute its digest",
         )
 
     def export(self, folder: Path) -> None:
         self._each(
             "export",
-            lambda seat: seat.actor.export.remote(self._missing(seat), folder),
+            lambda seat: self._call(seat, "export", folder),
             "to replay the ledger and write the model",
         )
 
-    def _missing(self, seat: _Seat) -> list[StepUpdate]:
+    def _call(self, seat: Seat, method: str, *arguments: Any) -> None:
+        """Ask all ranks of a replica, with the updates that it has not been sent."""
         missing = self._updates[seat.num_applied :]
         seat.num_applied = len(self._updates)
-        return missing
+        self._ask(
+            seat, [getattr(actor, method).remote(missing, *arguments) for actor in seat.actors]
+        )
+
+    def _ask(self, seat: Seat, calls: Sequence[Any]) -> None:
+        """Wait for the answers to a call, by rank."""
+        seat.ask(calls)
+        self._pending.update(dict.fromkeys(calls, seat))
 
     def _shared(
-        self, kind: str, sizes: Sequence[int], call: Callable[[_Seat, int], Any]
+        self, kind: str, sizes: Sequence[int], call: Callable[[Seat, int], None]
     ) -> list[Any]:
         """Tasks on whichever replicas are free; answers, which are lists, joined in their order."""
         self._dispatcher.begin(kind, sizes)
+        self._rehearsal = lambda seat: call(seat, 0)
         self._finish(kind, call)
+        self._rehearsal = None
         return [answer for task in range(len(sizes)) for answer in self._answers[task]]
 
-    def _each(self, kind: str, call: Callable[[_Seat], Any], reason: str) -> dict[str, Any]:
+    def _each(self, kind: str, call: Callable[[Seat], None], reason: str) -> dict[str, Any]:
         """One answer of every replica that is up and stays so; of one at least. The user is told
         what is waited for and why."""
         while True:
@@ -311,7 +291,7 @@ class ActorFleet:
                 return {names[task]: self._answers[task] for task in sorted(self._answers)}
             self._attend()
 
-    def _finish(self, kind: str, call: Callable[[_Seat, int], Any], reason: str = "") -> None:
+    def _finish(self, kind: str, call: Callable[[Seat, int], None], reason: str = "") -> None:
         """See the round through that the dispatcher has begun."""
         self._answers, self._reason = {}, reason
         self._last_news = time.monotonic()
@@ -319,43 +299,56 @@ class ActorFleet:
             for number, task in self._dispatcher.assign():
                 seat = self._seats[number]
                 seat.kind = kind
-                self._pending[call(seat, task)] = seat
+                call(seat, task)
             self._attend()
 
     # ---------------------------------------------------------------- replicas come and go
 
     def _attend(self) -> None:
-        """Sleep until something has happened, and see to it."""
+        """Sleep until something has happened, and see to it. Whoever is free has been given work
+        before, so that what is done here costs a step nothing."""
+        self._look()
         for reference in _ready(list(self._pending), self._dispatcher.pause()):
+            if reference not in self._pending:  # of a replica that was given up just now
+                continue
             seat = self._pending.pop(reference)
             try:
-                self._take(seat, _result(seat, reference, self._is_proven(seat)))
+                answer = _result(seat, reference, self._is_proven(seat))
+                if seat.hear(reference, answer):
+                    self._take(seat, seat.answer)
             except _Lost as error:
                 self._lose(seat, error)
         for number in self._dispatcher.overdue():
             self._lose(self._seats[number], _Lost("did not answer in time"))
         now = time.monotonic()
-        for seat in [seat for seat in self._seats if seat.state != "ready"]:
-            if seat.state == "loading" and now - seat.since > self._limits.first_call_s:
-                self._lose(seat, _Lost("did not load in time"))
-            if seat.state == "empty" and now - seat.since >= pause_before_attempt(seat.failures):
+        for seat in self._seats.of(*ON_THE_WAY):
+            if now - seat.since > self._limits.first_call_s:
+                self._lose(seat, _Lost(f"was not done {seat.state} in time"))
+        for seat in self._seats.of("empty"):
+            if now - seat.since >= pause_before_attempt(seat.failures):
                 self._place(seat)
-        is_loading = any(seat.state == "loading" for seat in self._seats)
-        if self._has_started and self._dispatcher.is_hopeless(is_loading=is_loading):
-            raise FleetError(f"{self._last_loss}, and no replica is left; see {self._log}")
+        if self._has_started:
+            self._tell_of_pauses()
+            is_loading = bool(self._seats.of(*ON_THE_WAY))
+            if self._dispatcher.is_hopeless(is_loading=is_loading):
+                raise self._too_few_left()
         if now - self._last_news >= NEWS_S:
             self._last_news = now
             self._tell_what_is_awaited()
 
-    def _is_proven(self, seat: _Seat) -> bool:
+    def _is_proven(self, seat: Seat) -> bool:
         """Whether what the seat's actor is doing is known to succeed where nothing is broken."""
         return seat.kind in self._proven if seat.state == "ready" else self._has_started
 
-    def _take(self, seat: _Seat, answer: Any) -> None:
+    def _take(self, seat: Seat, answer: Any) -> None:
         """What an actor has answered, be it a task's or one on the way to its first."""
         if seat.state == "placing":
-            seat.state, seat.since = "loading", time.monotonic()
-            self._pending[seat.actor.load.remote(*self._load_arguments)] = seat
+            seat.enter("loading", time.monotonic())
+            calls = [
+                actor.load.remote(*self._load_arguments, rank, answer)
+                for rank, actor in enumerate(seat.actors)
+            ]
+            self._ask(seat, calls)
         elif seat.state == "loading":
             if self._info is None:
                 self._info = answer
@@ -364,8 +357,9 @@ class ActorFleet:
                 if not self._has_started:
                     raise FleetError(f"{seat.name} {difference}")
                 raise _Lost(difference)
-            seat.state, seat.since = "ready", time.monotonic()
-            self._dispatcher.join(seat.number)
+            self._catch_up(seat)
+        elif seat.state == "catching up":
+            self._join(seat)
         else:
             seat.failures = 0
             self._proven.add(seat.kind)
@@ -373,21 +367,79 @@ class ActorFleet:
             if task is not None:
                 self._answers[task] = answer
 
-    def _place(self, seat: _Seat) -> None:
-        """Ask for an actor. It stands at the base model: its first call brings all updates."""
-        seat.actor, seat.num_applied = self._create.remote(), 0
-        seat.state, seat.since = "placing", time.monotonic()
-        self._pending[seat.actor.__ray_ready__.remote()] = seat
+    def _place(self, seat: Seat) -> None:
+        """Ask for actors, which stand at the base model: their first call brings all updates.
 
-    def _lose(self, seat: _Seat, reason: _Lost) -> None:
+        Several ranks are placed on one node, or not at all.
+        """
+        ranks = range(self._needs.ranks)
+        options: list[dict[str, Any]] = [{}]
+        if len(ranks) > 1:
+            bundle = {"CPU": self._needs.cpus, "GPU": self._needs.gpus}
+            bundle = {name: amount for name, amount in bundle.items() if amount}
+            seat.group = ray.util.placement_group([bundle for _ in ranks], strategy="STRICT_PACK")
+            options = [{"scheduling_strategy": _in_group(seat.group, rank)} for rank in ranks]
+        create = ray.remote(ReplicaActor)
+        seat.actors = [create.options(**self._actor_options, **each).remote() for each in options]
+        seat.num_applied = 0
+        seat.enter("placing", time.monotonic())
+        others = [actor.__ray_ready__.remote() for actor in seat.actors[1:]]
+        self._ask(seat, [seat.actor.meeting_place.remote(), *others])
+
+    def _catch_up(self, seat: Seat) -> None:
+        """Bring a replica to where the others are before it is given work, which would wait for
+        it: all updates, and the task that the others are at, so that it compiles and captures
+        what that takes. Its answer is dropped."""
+        if self._rehearsal is None and not len(self._updates):
+            self._join(seat)
+            return
+        seat.enter("catching up", time.monotonic())
+        if self._rehearsal is not None:
+            self._rehearsal(seat)
+        else:
+            self._call(seat, "evaluate", [])
+
+    def _join(self, seat: Seat) -> None:
+        seat.enter("ready", time.monotonic())
+        self._dispatcher.join(seat.number)
+
+    def _look(self) -> None:
+        """Every few seconds an elastic fleet sees which nodes there are."""
+        now = time.monotonic()
+        if self._config.fleet.is_elastic and now - self._last_look >= LOOK_S:
+            self._last_look = now
+            self._resize(_nodes())
+
+    def _resize(self, nodes: Sequence[placement.Node]) -> None:
+        """Open as many seats as there are to be, and let go of those that wait in vain."""
+        self._room = self._needs.room(nodes)
+        number = placement.wanted(self._config.fleet, self._room, has_started=self._has_started)
+        opened, gone = self._seats.resize(number)
+        for seat in opened:
+            self._place(seat)
+        for seat in gone:
+            self._dismiss(seat)
+        if self._has_started and (opened or gone):
+            does = "starting" if opened else "letting go of"
+            names = ", ".join(seat.name for seat in opened or gone)
+            self._say(f"the cluster has room for {_some(self._room)}; {does} {names}")
+
+    def _dismiss(self, seat: Seat) -> None:
+        """End a seat's actors, dead or not, and what they were asked."""
+        for actor in seat.actors:
+            ray.kill(actor)
+        if seat.group is not None:
+            ray.util.remove_placement_group(seat.group)
+        seat.actors, seat.group = [], None
+        self._pending = {call: other for call, other in self._pending.items() if other is not seat}
+
+    def _lose(self, seat: Seat, reason: _Lost) -> None:
         """Give a replica up, dead or not, and have it replaced; it held nothing that is lost."""
         logger.warning("%s %s while %s: %s", seat.name, reason, seat.state, reason.__cause__)
         self._last_loss = f"{seat.name} {reason}"
-        ray.kill(seat.actor)
         was_ready = seat.state == "ready"
-        seat.actor = None
-        self._pending = {call: other for call, other in self._pending.items() if other is not seat}
-        seat.state, seat.since = "empty", time.monotonic()
+        self._dismiss(seat)
+        seat.enter("empty", time.monotonic())
         seat.failures += 1
         if was_ready:
             try:
@@ -402,15 +454,38 @@ class ActorFleet:
 
     def _tell_what_is_awaited(self) -> None:
         """Not of replicas that come back while others go on."""
-        if self._dispatcher.replicas and self._has_started:
+        if self._has_started and not self._dispatcher.is_short:
             computing = [seat.name for seat in self._pending.values() if seat.state == "ready"]
             if self._reason and computing:
                 self._say(f"waiting for {', '.join(sorted(computing))} {self._reason}")
             return
-        for state, reason in (("placing", _free_resources()), ("loading", "to load the model")):
+        if self._config.fleet.is_elastic and self._dispatcher.replicas or not self._seats:
+            self._say(
+                f"waiting, with {_some(len(self._dispatcher.replicas))}, for fleet.min_replicas, "
+                f"{self._config.fleet.min_replicas}; the cluster has room for {_some(self._room)}"
+            )
+        for state, reason in (("placing", _free_resources()), *ON_THE_WAY.items()):
             names = [seat.name for seat in self._seats if seat.state == state]
             if names:
                 self._say(f"waiting for {', '.join(names)} {reason}")
+
+    def _tell_of_pauses(self) -> None:
+        if self._dispatcher.is_short == self._is_paused:
+            return
+        self._is_paused = self._dispatcher.is_short
+        up = _some(len(self._dispatcher.replicas))
+        if self._is_paused:
+            least = self._config.fleet.min_replicas
+            self._say(f"the run pauses with {up}: fleet.min_replicas is {least}")
+        else:
+            self._say(f"the run goes on with {up}")
+
+    def _too_few_left(self) -> FleetError:
+        number, least = len(self._dispatcher.replicas), self._config.fleet.min_replicas
+        what = f"{_some(number)} {'are' if number > 1 else 'is'} left"
+        if least > 1:
+            what += f", and fleet.min_replicas is {least}"
+        return FleetError(f"{self._last_loss}, and {what}; see {self._log}")
 
 
 def _ready(references: list[Any], timeout: float) -> list[Any]:
@@ -432,10 +507,19 @@ def _astray(digests: Mapping[str, str]) -> list[str]:
     return [name for name, digest in digests.items() if digest != common]
 
 
-def _room_on_gpus(node: Mapping[str, float], gpus_per_replica: float) -> int:
-    """Replicas that a node's GPUs hold; each lies on one GPU."""
-    share = round(gpus_per_replica * GPU_SHARES)
-    return int(node.get("GPU", 0)) * (GPU_SHARES // share)
+def _nodes() -> list[placement.Node]:
+    """What each node of the cluster has in all."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _some(number: int) -> str:
+    return f"{number or 'no'} replica{'s' * (number > 1)}"
+
+
+def _in_group(group: Any, rank: int) -> Any:
+    return ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+        placement_group=group, placement_group_bundle_index=rank
+    )
 
 
 def _free_resources() -> str:
@@ -446,7 +530,7 @@ def _free_resources() -> str:
     )
 
 
-def _result(seat: _Seat, reference: Any, is_proven: bool) -> Any:
+def _result(seat: Seat, reference: Any, is_proven: bool) -> Any:
     """A call's answer. Raises _Lost if the replica's process or machine failed.
 
     What else went wrong in the replica is told as it was there. So is memory that runs out, unless
@@ -457,14 +541,29 @@ def _result(seat: _Seat, reference: Any, is_proven: bool) -> Any:
     except DEATHS as error:
         raise _Lost("died") from error
     except ray.exceptions.RayTaskError as error:
+        if _has_died([call for call in seat.calls if call != reference]):
+            raise _Lost("died") from error  # what one rank says of another's death
         cause = error.cause or error
         what = f"{type(cause).__name__}: {cause}"
-        is_machine = type(cause).__name__ in MACHINE_FAILURES or seat.state == "loading"
+        is_machine = type(cause).__name__ in MACHINE_FAILURES or seat.state in ON_THE_WAY
         if is_proven and is_machine:
             raise _Lost(f"failed with {what}") from error
         if isinstance(cause, ConfigError):
             raise cause from None
         raise FleetError(f"{seat.name}: {what}") from error
+
+
+def _has_died(calls: list[Any]) -> bool:
+    """Whether one of other ranks' processes is gone. One that computes is not waited for long."""
+    ended = ray.wait(calls, num_returns=len(calls), timeout=NEWS_OF_DEATH_S)[0] if calls else []
+    for call in ended:
+        try:
+            ray.get(call)
+        except DEATHS:
+            return True
+        except ray.exceptions.RayTaskError:
+            pass
+    return False
 
 
 def _environment(threads: int) -> dict[str, str]:

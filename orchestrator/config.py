@@ -401,11 +401,20 @@ class FleetSection(Section):
     kind: Literal["ray", "local"] = "ray"
     """ray: one actor a replica. local: in this process, for tests and small runs."""
     num_replicas: int | Literal["auto"] = 1
-    """auto: as many as the cluster has room for; of kind local, one."""
+    """Wanted at the start; auto: as many as the cluster has room for; of kind local, one."""
+    min_replicas: Positive = 1
+    """ray: below so many that are ready, the run does not begin, and pauses."""
+    max_replicas: Positive | None = None
+    """ray: with it, or with num_replicas auto, the fleet grows into nodes that join the cluster,
+    up to so many, and shrinks with nodes that leave."""
     gpus_per_replica: Annotated[float, Field(gt=0, le=1)] = 1
     """ray: share of a GPU that a replica takes; replicas that share one share its memory, too."""
     threads_per_replica: Positive = 1
-    """CPU threads of a replica; part of the run's identity, since it orders float sums."""
+    """CPU threads of a replica, or of each of its ranks; part of the run's identity, since it
+    orders float sums."""
+    tp_size: Positive = 1
+    """ray: ranks of a replica, processes of one node that hold one model together; with GPUs, one
+    each. Part of the run's identity if above 1."""
 
     @model_validator(mode="before")
     @classmethod
@@ -416,6 +425,43 @@ class FleetSection(Section):
                 f"num_replicas: {number!r} is not accepted: it is a number from 1, or auto"
             )
         return values
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.kind == "local" and (self.min_replicas > 1 or self.max_replicas is not None):
+            key = "max_replicas" if self.max_replicas is not None else "min_replicas"
+            raise ValueError(
+                f"{key}: {getattr(self, key)}: a fleet of kind local neither grows nor waits; "
+                "leave it out, or use kind ray"
+            )
+        if self.tp_size > 1 and self.kind == "local":
+            raise ValueError(
+                f"tp_size: {self.tp_size}: ranks are processes, and a fleet of kind local is one; "
+                "leave it out, or use kind ray"
+            )
+        if self.tp_size > 1 and self.gpus_per_replica != 1:
+            raise ValueError(
+                f"gpus_per_replica: {self.gpus_per_replica:g}: with tp_size {self.tp_size} each "
+                "rank takes a whole GPU; leave it out"
+            )
+        number = None if self.num_replicas == "auto" else self.num_replicas
+        for most, key in ((number, "num_replicas"), (self.max_replicas, "max_replicas")):
+            if most is not None and self.min_replicas > most:
+                raise ValueError(
+                    f"min_replicas: {self.min_replicas} is above {key}, {most}; lower it, or raise "
+                    f"{key}"
+                )
+        if number is not None and self.max_replicas is not None and self.max_replicas < number:
+            raise ValueError(
+                f"max_replicas: {self.max_replicas} is below num_replicas, {number}; raise it, or "
+                "lower num_replicas"
+            )
+        return self
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of replicas follows the cluster's nodes."""
+        return self.num_replicas == "auto" or self.max_replicas is not None
 
 
 class Run(Section):
@@ -508,6 +554,8 @@ class Config(Section):
             },
         )
         data["threads"] = self.fleet.threads_per_replica
+        if self.fleet.tp_size > 1:
+            data["tp_size"] = self.fleet.tp_size
         data["run"] = {"steps": self.run.steps, "seed": self.run.seed}
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -35,7 +35,7 @@ class Limits:
     """For a replica to load, and for its first call of a kind, which compiles, captures and
     replays the ledger."""
     patience_s: float = 600.0
-    """For a fleet of which nothing is left to get a replica back."""
+    """For a fleet of which too little is left to get a replica back."""
     most_losses: int = 4
     """A task that was lost so often is taken to be what kills its replicas."""
 
@@ -84,15 +84,17 @@ class Dispatcher:
     `overdue` after at most `pause` seconds, until the round `is_done`.
     """
 
-    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
-        """`clock` gives seconds, from any origin."""
+    def __init__(self, limits: Limits, clock: Callable[[], float], min_replicas: int = 1) -> None:
+        """`clock` gives seconds, from any origin. Nothing is handed out while fewer replicas are
+        up than `min_replicas`."""
         self._limits = limits
         self._clock = clock
+        self._min_replicas = min_replicas
         self._free: dict[int, None] = {}
         self._calls: dict[int, _Call] = {}  # by replica, the earliest first
         self._known: dict[int, set[str]] = {}  # the kinds of calls that a replica has answered
         self._times: dict[str, _Times] = {}
-        self._alone_since = clock()
+        self._short_since = clock()
         self._round = 0
         self._waiting: dict[int, None] = {}  # tasks, in their order
         self._own: dict[int, int] | None = None  # in a round of one task each: those to be started
@@ -115,10 +117,11 @@ class Dispatcher:
 
         Raises TaskLost if that has been lost too often.
         """
+        was_short = self.is_short
         del self._known[replica]
         self._free.pop(replica, None)
-        if not self._known:
-            self._alone_since = self._clock()
+        if self.is_short and not was_short:
+            self._short_since = self._clock()
         call = self._calls.pop(replica, None)
         if self._own is not None:  # nobody else can answer what was its own
             was_asked = call is not None and self._is_open(call)
@@ -131,10 +134,15 @@ class Dispatcher:
             if self._newest[call.task] == replica:
                 self._waiting = {call.task: None, **self._waiting}
 
+    @property
+    def is_short(self) -> bool:
+        """Whether too few replicas are up to go on."""
+        return len(self._known) < self._min_replicas
+
     def is_hopeless(self, *, is_loading: bool) -> bool:
-        """Whether the fleet has been without a replica for too long. One that loads is awaited."""
-        waited = self._clock() - self._alone_since
-        return not self._known and not is_loading and waited >= self._limits.patience_s
+        """Whether the fleet has been short for too long. A replica that loads is awaited."""
+        waited = self._clock() - self._short_since
+        return self.is_short and not is_loading and waited >= self._limits.patience_s
 
     # ---------------------------------------------------------------- work
 
@@ -167,6 +175,8 @@ class Dispatcher:
 
     def assign(self) -> list[tuple[int, int]]:
         """Replicas and the tasks that they are to start now."""
+        if self.is_short:
+            return []
         now = self._clock()
         if self._own is not None:
             pairs = [

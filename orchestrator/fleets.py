@@ -73,5 +73,6 @@ def _make_fleet(config: Config, log: Path, say: Say) -> Fleet:
 
 
 def with_one_replica(run: Run) -> Run:
-    fleet = run.config.fleet.model_copy(update={"num_replicas": 1})
+    alone = {"num_replicas": 1, "min_replicas": 1, "max_replicas": None}
+    fleet = run.config.fleet.model_copy(update=alone)
     return replace(run, config=run.config.model_copy(update={"fleet": fleet}))

@@ -4,7 +4,6 @@ Owns the adapter's first values and its export; its state is as in every slotted
 LoRA, 2021; first values and names are PEFT's. Knows nothing of losses.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,8 +57,9 @@ class LoraSpace(SlottedSpace):
         super().__init__(slots.names, tensors, noise_kind, anchored)
 
     def export(self, base: Path, folder: Path) -> None:
-        factors = itertools.chain(self._frozen.items(), self.values())
-        write_adapter(base, folder, self._settings, factors)
+        trained = dict(self.values())
+        frozen = self._frozen if trained else {}  # ranks other than the first write nothing
+        write_adapter(base, folder, self._settings, {**frozen, **trained}.items())
 
 
 def first_values(factors: Sequence[Factor], seed: int) -> dict[str, torch.Tensor]:

@@ -35,6 +35,7 @@ from orchestrator.records import (
     StepUpdate,
 )
 from orchestrator.rewards import Judged, RewardPool
+from orchestrator.runner import ALONE, World
 from orchestrator.sampling import Continuation, Sampling, remembering
 from orchestrator.score_plan import ScorePlan, Scores, SpanScore
 from orchestrator.spaces import SpacePlan
@@ -57,8 +58,12 @@ class Batch:
 class Replica:
     """Engine, space and task of one replica."""
 
-    def __init__(self, config: Config, device: str) -> None:
-        """Load everything. `device` is "cpu" or "cuda". Raises ConfigError for what is missing."""
+    def __init__(self, config: Config, device: str, world: World = ALONE) -> None:
+        """Load everything. `device` is "cpu" or "cuda". Raises ConfigError for what is missing.
+
+        With a `world` of several ranks this is one rank's part of the replica: all ranks get the
+        same calls, and rank 0's answers count.
+        """
         self._task, self._run_seed = config.task, config.run.seed
         self._folder = folder = checkpoint.locate(config.model.path)
         weights = checkpoint.Checkpoint(folder)
@@ -92,11 +97,14 @@ class Replica:
             quantization=config.model.quantization,
             adapters=plan.adapters,
             prefixes=plan.prefixes,
+            world=world,
         )
         self.space = plan.build(self.engine)
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         self._require_fit(config, plan.rows_per_sequence)
-        self._rewards = RewardPool(config.task.reward) if config.task.reward else None
+        # Judged once: what a function of the user's says, and how long it takes, may differ.
+        reward = config.task.reward if world.rank == 0 else None
+        self._rewards = RewardPool(reward) if reward else None
         self._batches = Batches(config, len(data.train), data.groups)
         self._verify_every = config.run.verify_cache
         self._num_probes = 0
@@ -358,7 +366,8 @@ class Replica:
             worth = answers.METRICS[metric]
             pairs = zip(texts, examples, strict=True)
             return [Judged(worth(text, example.answers)) for text, example in pairs]
-        assert self._rewards is not None  # the configuration has it where it is asked for
+        if self._rewards is None:  # rank 0 judges
+            return [Judged(math.nan) for _ in texts]
         rows = [example.row or {} for example in examples]
         return self._rewards.judge(list(zip(rows, texts, strict=True)))
 

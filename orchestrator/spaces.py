@@ -153,6 +153,7 @@ class SpacePlan:
         weights = itemsize * sum(
             math.prod(self._checkpoint.shape(name)) for name in self._checkpoint.names
         )
+        weights //= self._config.fleet.tp_size  # of a rank
         fit = max(0, _free_bytes(model.device) - weights) // each
         if plan.num_slots > fit:
             raise ConfigError(

@@ -11,7 +11,17 @@ import torch
 import yaml
 from conftest import DEVICE
 
-from benchmarks import activation, bars, evaluation, measure, memory, reference, steps, workloads
+from benchmarks import (
+    activation,
+    bars,
+    evaluation,
+    measure,
+    memory,
+    reference,
+    steps,
+    two_gpus,
+    workloads,
+)
 from benchmarks.shapes import SHAPES
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.engine import Engine
@@ -239,3 +249,20 @@ def test_activated_steps_compute_what_their_tokens_allow(monkeypatch: pytest.Mon
     assert row["tokens_allow"] == (40 + 6) / 6
     assert row["small_pool_tokens"] == 3 * (40 + 2 * 6)
     assert row["evicted_a_step"] > 40  # each batch pushes most of the other's contexts out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    measure.ON_GPU and torch.cuda.device_count() < 2, reason="compares replicas on two GPUs"
+)
+def test_two_gpus_compares_fleets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"shapes": "opt-tiny", "tokens": "4x8", "seeds": "3", "turns": "1"}
+    arguments |= {"folder": str(tmp_path), "results": str(tmp_path)}
+    two_gpus.main([part for key, value in arguments.items() for part in (f"--{key}", value)])
+    assert "kept in" in capsys.readouterr().out
+    (path,) = tmp_path.glob("two-gpus-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert len({row["what"] for row in rows}) == len(rows) == 6
+    assert all(row["ours"] > 0 for row in rows[:4])
+    if measure.DTYPE == "float32":
+        assert all(row["ours"] < 100 for row in rows[4:])  # millionths

@@ -1,5 +1,8 @@
 """Model folders: found, refused, de-quantised, hashed and read."""
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -77,8 +80,24 @@ def test_folders_without_a_model_are_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gguf_file_becomes_a_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two processes that want it at the same moment, too, as the replicas of a node do."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    program = textwrap.dedent(
+        f"""
+        from orchestrator import checkpoint
+        made = checkpoint._dequantize
+        checkpoint._dequantize = lambda *files: (print("made"), made(*files))
+        print(checkpoint.locate({DEMO_MODEL!r}))
+        """
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    printed = [each.communicate(timeout=300)[0].splitlines() for each in both]
+    assert sorted(map(len, printed)) == [1, 2]
     folder = checkpoint.locate(DEMO_MODEL)
+    assert {lines[-1] for lines in printed} == {str(folder)}
     assert folder.is_relative_to(tmp_path)
     read = Checkpoint(folder)
     assert read.read("model.norm.weight").dtype == torch.float32

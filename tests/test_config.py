@@ -209,7 +209,12 @@ def test_identity_holds_what_decides_the_ledger_and_nothing_else() -> None:
         assert identity(asked, f"task.reward.{free}") == identity(asked)
     for deciding in ("function=a:c", "samples=2", "temperature=0.5", "failed=-1"):
         assert identity(asked, f"task.reward.{deciding}") != identity(asked)
-    for deciding in ("run.seed=1", "estimator.eps=0.5", "fleet.threads_per_replica=2"):
+    for deciding in (
+        "run.seed=1",
+        "estimator.eps=0.5",
+        "fleet.threads_per_replica=2",
+        "fleet.tp_size=2",
+    ):
         assert identity(deciding) != identity()
     for deciding in ("task.loss=lm", "task.demonstrations=2", "task.num_dev=2"):
         assert identity(deciding) != identity()
@@ -249,3 +254,20 @@ def test_the_fleets_size_is_a_number_or_auto() -> None:
     for value in ("0", "1.5"):
         with pytest.raises(ConfigError, match=r"fleet\.gpus_per_replica: .* is not accepted"):
             load(DEMO, [f"fleet.gpus_per_replica={value}"])
+
+
+def test_the_fleets_bounds_agree() -> None:
+    ray = "fleet.kind=ray"
+    assert load(DEMO, [ray, "fleet.num_replicas=2", "fleet.max_replicas=4"]).fleet.is_elastic
+    assert not load(DEMO, [ray, "fleet.num_replicas=2", "fleet.min_replicas=2"]).fleet.is_elastic
+    for overrides, message in (
+        (["num_replicas=2", "min_replicas=3"], "min_replicas: 3 is above num_replicas, 2"),
+        (["num_replicas=auto", "min_replicas=3", "max_replicas=2"], "min_replicas: 3 is above max"),
+        (["num_replicas=2", "max_replicas=1"], "max_replicas: 1 is below num_replicas, 2"),
+        (["kind=local", "min_replicas=2", "num_replicas=2"], "min_replicas: 2: a fleet of kind"),
+        (["kind=local", "max_replicas=2"], "max_replicas: 2: a fleet of kind local"),
+        (["kind=local", "tp_size=2"], "tp_size: 2: ranks are processes"),
+        (["tp_size=2", "gpus_per_replica=0.5"], "gpus_per_replica: 0.5: with tp_size 2"),
+    ):
+        with pytest.raises(ConfigError, match=f"fleet.{message}"):
+            load(DEMO, [ray, *(f"fleet.{override}" for override in overrides)])

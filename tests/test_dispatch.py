@@ -163,3 +163,23 @@ def test_a_round_of_one_task_each_goes_on_without_those_that_die() -> None:
     assert fleet.assign() == []  # it is another replica now
     assert fleet.answered(0) == 0
     assert fleet.is_done
+
+
+def test_nothing_is_handed_out_while_too_few_replicas_are_up() -> None:
+    clock = Clock()
+    fleet = Dispatcher(Limits(), clock, min_replicas=2)
+    fleet.join(0)
+    fleet.begin("evaluate", [1, 1, 1])
+    assert fleet.is_short and fleet.assign() == []
+    fleet.join(1)
+    assert len(fleet.assign()) == 2
+    clock.now += Limits().patience_s
+    fleet.lost(1)
+    assert fleet.answered(0) == 0  # what was under way counts
+    assert fleet.assign() == []
+    assert not fleet.is_hopeless(is_loading=False)
+    clock.now += Limits().patience_s
+    assert fleet.is_hopeless(is_loading=False)
+    fleet.join(1)
+    assert not fleet.is_hopeless(is_loading=False)
+    assert sorted(task for _, task in fleet.assign()) == [1, 2]

@@ -216,6 +216,7 @@ def fleets(recipe: dict[str, Any], tmp_path: Path, cluster: str) -> Iterator[Fle
         said: list[str] = []
         made.append(actors.ActorFleet(config, tmp_path / "log", said.append, limits))
         made[-1].start()
+        recover(made[-1])
         return made[-1]
 
     yield make
@@ -347,27 +348,6 @@ def test_replicas_that_still_differ_end_the_run(
         with pytest.raises(FleetError, match="states of replica 0, replica 1, replica 2 differ"):
             lone.check_digests()
     fleet.close()
-
-
-def test_auto_fills_what_the_cluster_has(recipe: dict[str, Any], cluster: str) -> None:
-    def number(**section: Any) -> int:
-        values = {**recipe, "fleet": {"kind": "ray", "num_replicas": "auto", **section}}
-        said: list[str] = []
-        fleet = actors.ActorFleet(Config.model_validate(values), Path("log"), said.append)
-        fleet._connect()
-        return fleet._num_replicas("cpu")
-
-    assert number(threads_per_replica=2) == 2
-    assert number(threads_per_replica=3) == 1
-    assert number(num_replicas=9) == 9
-    with pytest.raises(ConfigError, match=r"num_replicas: auto: no node .* with 5 CPUs"):
-        number(threads_per_replica=5)
-
-
-@pytest.mark.parametrize(("share", "room"), [(1, 2), (0.5, 4), (0.3, 6), (0.1, 20)])
-def test_a_replica_lies_on_one_gpu(share: float, room: int) -> None:
-    assert actors._room_on_gpus({"GPU": 2.0}, share) == room
-    assert actors._room_on_gpus({"CPU": 64.0}, share) == 0
 
 
 def test_a_mistake_that_only_a_replica_sees_is_told_as_one(fleets: Fleets) -> None:

@@ -13,7 +13,8 @@ LAYERS = [
     | {"attention_triton", "log_softmax_triton", "norm_triton"},
     {"rows", "charts", "rewards"},
     {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
-    | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches", "dispatch"},
+    | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches", "dispatch"}
+    | {"placement", "seats"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
     | {"run_folder"}
     | {

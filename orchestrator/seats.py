@@ -1,0 +1,103 @@
+"""Seats: the replicas of a fleet as it sees them, places that one actor after another may hold.
+
+Owns what is known of each, and which are opened and let go as the cluster grows and shrinks. Knows
+nothing of Ray: actors and calls are handed in.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+State = Literal["placing", "loading", "catching up", "ready", "empty"]
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """A place that one actor after another may hold, or one group of actors, one a rank."""
+
+    number: int
+    actors: list[Any] = field(default_factory=list)
+    """By rank; none while the seat is empty."""
+    group: Any = None
+    """Holds the actors together, if they are several."""
+    state: State = "empty"
+    kind: str = ""
+    """Of the task that the actor computes, or computed last."""
+    since: float = 0.0
+    """When the state began."""
+    failures: int = 0
+    """Actors that were lost since one last answered a task."""
+    num_applied: int = 0
+    """Updates that the actor was sent."""
+    calls: list[Any] = field(default_factory=list)
+    """The call under way, or the last one, by rank."""
+    answer: Any = None
+    """Rank 0's, which counts."""
+    num_awaited: int = 0
+    """Ranks that have not answered yet."""
+
+    @property
+    def name(self) -> str:
+        return f"replica {self.number}"
+
+    @property
+    def actor(self) -> Any:
+        """Rank 0's."""
+        return self.actors[0] if self.actors else None
+
+    def ask(self, calls: Sequence[Any]) -> None:
+        """A call to all ranks is under way."""
+        self.calls, self.answer, self.num_awaited = list(calls), None, len(calls)
+
+    def hear(self, call: Any, answer: Any) -> bool:
+        """Take a rank's answer; whether that makes the call answered: when all ranks have."""
+        if call == self.calls[0]:
+            self.answer = answer
+        self.num_awaited -= 1
+        return not self.num_awaited
+
+    def enter(self, state: State, now: float) -> None:
+        self.state, self.since = state, now
+
+
+class Seats:
+    """All seats, by number."""
+
+    def __init__(self) -> None:
+        self._seats: dict[int, Seat] = {}
+
+    def __iter__(self) -> Iterator[Seat]:
+        """In the order of their numbers."""
+        return iter([self._seats[number] for number in sorted(self._seats)])
+
+    def __len__(self) -> int:
+        return len(self._seats)
+
+    def __getitem__(self, number: int) -> Seat:
+        return self._seats[number]
+
+    def __contains__(self, seat: Seat) -> bool:
+        return self._seats.get(seat.number) is seat
+
+    def clear(self) -> None:
+        self._seats.clear()
+
+    def of(self, *states: State) -> list[Seat]:
+        """Those in one of these states."""
+        return [seat for seat in self if seat.state in states]
+
+    def resize(self, number: int) -> tuple[list[Seat], list[Seat]]:
+        """Open or let go seats until there are `number`: those opened, and those let go.
+
+        None goes whose actor has found its place; the last ones go first, and come back first.
+        """
+        opened: list[Seat] = []
+        free = (each for each in range(number) if each not in self._seats)
+        while len(self) < number:
+            opened.append(Seat(next(free)))
+            self._seats[opened[-1].number] = opened[-1]
+        surplus = len(self) - number
+        gone = self.of("empty", "placing")[::-1][: max(0, surplus)]
+        for seat in gone:
+            del self._seats[seat.number]
+        return opened, gone
