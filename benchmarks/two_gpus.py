@@ -61,6 +61,7 @@ SHARD_BYTES = 2**31
 MANY_STEPS = 10_000
 LARGEST_OVERHEAD_MS = 2.0
 LEAST_SPEED_UP = 1.95
+FLOAT32_STEP = 0.06  # millionths: between two float32 values near 1; no scale is finer
 COLUMNS = ("what", "ours", "against", "ratio", "bar", "holds")
 
 
@@ -97,7 +98,7 @@ def write_task(shape: Shape, folder: Path, length: int) -> dict[str, Any]:
     tokens; the recipe's section."""
     words = [f"w{number}" for number in range(shape.config.vocab_size // 2)]
     special = {"<unk>": 0, "<pad>": 1, "</s>": shape.config.bos_token_id}
-    ids = special | {word: 5 + number for number, word in enumerate(words)}
+    ids = special | {word: 3 + number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(
@@ -179,7 +180,9 @@ class Running:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Only replica 0 is given work."""
+        """Only replica 0 is given work, once all have done what they were asked."""
+        while self.fleet._pending:
+            self.fleet._attend()
         others = self.fleet._dispatcher.replicas[1:]
         for replica in others:
             self.fleet._dispatcher.lost(replica)
@@ -200,6 +203,8 @@ def running(config: Config) -> Iterator[Running]:
         try:
             started = time.monotonic()
             info = fleet.start()
+            while len(fleet._dispatcher.replicas) < len(fleet._seats):
+                fleet._attend()
             print(f"started in {time.monotonic() - started:.0f} s", flush=True)
             hashes = (info.weights_hash, config.identity(), info.data_hash)
             header = Header(1, noise.NOISE_VERSION, config.model.path, *hashes, info.versions)
@@ -300,9 +305,9 @@ def rank_rows(workload: Workload, alone: Losses, run: Running) -> Iterator[Row]:
     """Losses on two ranks beside those on one, in millionths."""
     apart = 1e6 * distance(Losses.of(run).whole, alone.whole)
     for name, other in (("in halves", alone.halves), ("backwards", alone.backwards)):
-        scale = 1e6 * distance(other, alone.whole)
+        scale = max(FLOAT32_STEP, 1e6 * distance(other, alone.whole))
         what = f"largest difference of a loss, 1e-6, {workload.name}: 2 ranks; 1, batch {name}"
-        yield Row(what, apart, scale, apart / scale if scale else float("inf"))
+        yield Row(what, apart, scale, apart / scale)
 
 
 def distance(first: Sequence[float], second: Sequence[float]) -> float:
@@ -313,7 +318,7 @@ def distance(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def rows_of(workload: Workload, sections: Sequence[str], turns: int) -> Iterator[Row]:
-    with running(workload.config(num_replicas=2, min_replicas=2)) as run:
+    with running(workload.config(num_replicas=2)) as run:
         alone = Losses.of(run) if "ranks" in sections else None
         if "replicas" in sections:
             yield from replica_rows(workload, run, turns)

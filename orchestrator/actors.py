@@ -284,10 +284,9 @@ class ActorFleet:
         """One answer of every replica that is up and stays so; of one at least. The user is told
         what is waited for and why."""
         while True:
-            numbers = self._dispatcher.begin_each(kind)
+            names = [self._seats[number].name for number in self._dispatcher.begin_each(kind)]
             self._finish(kind, lambda seat, _: call(seat), reason)
             if self._answers:
-                names = {task: self._seats[number].name for task, number in enumerate(numbers)}
                 return {names[task]: self._answers[task] for task in sorted(self._answers)}
             self._attend()
 
@@ -455,11 +454,12 @@ class ActorFleet:
     def _tell_what_is_awaited(self) -> None:
         """Not of replicas that come back while others go on."""
         if self._has_started and not self._dispatcher.is_short:
-            computing = [seat.name for seat in self._pending.values() if seat.state == "ready"]
+            computing = {seat.name for seat in self._pending.values() if seat.state == "ready"}
             if self._reason and computing:
                 self._say(f"waiting for {', '.join(sorted(computing))} {self._reason}")
             return
-        if self._config.fleet.is_elastic and self._dispatcher.replicas or not self._seats:
+        is_elastic = self._config.fleet.is_elastic
+        if is_elastic and (self._dispatcher.replicas or not len(self._seats)):
             self._say(
                 f"waiting, with {_some(len(self._dispatcher.replicas))}, for fleet.min_replicas, "
                 f"{self._config.fleet.min_replicas}; the cluster has room for {_some(self._room)}"
