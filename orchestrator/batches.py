@@ -37,7 +37,8 @@ class Batches:
         numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
         self._groups = np.array([numbers[group] for group in groups], np.int64)
         self._num_groups = len(numbers)
-        pieces = pieces or Pieces(config)
+        self.pieces = pieces = pieces or Pieces(config)
+        """How they are cut."""
         units = self._groups if self._num_groups else np.arange(num_examples)
         self._pieces = np.zeros(self._num_groups or num_examples, np.int64)
         if pieces.of_example:
