@@ -122,7 +122,6 @@ def test_two_pools_hold_what_one_does_not(
 
     passages["fleet"] = {**passages["fleet"], "affinity": "none"}
     plain, evicted, _ = share_found(passages, tmp_path / "plain")
-    print("shares", share, less, astray, plain)
     assert plain < 0.3
     assert evicted > 2 * NUM_PASSAGES * WORDS_EACH
 
