@@ -331,8 +331,9 @@ def test_pieces_of_batches_give_the_local_ledger_whoever_computes_them(
     batches, num_test = batches_of(config)
     made = actors.ActorFleet(config, tmp_path / "log", print, pieces=batches.pieces)
     made.start()
+    recover(made)
     kills: dict[int, Callable[[], None]] = {
-        3: lambda: ray.kill(made._seats[-1].actor),
+        3: lambda: ray.kill(made._seats[num_replicas - 1].actor),
         20: lambda: recover(made),
     }
     trouble = Trouble(kills if num_replicas > 1 else {})
@@ -343,7 +344,8 @@ def test_pieces_of_batches_give_the_local_ledger_whoever_computes_them(
     assert step_lines(tmp_path) == expected
     assert len(made._dispatcher.replicas) == num_replicas
     for seat in made._seats:
-        ray.kill(seat.actor)
+        for actor in seat.actors:
+            ray.kill(actor)
 
 
 def test_a_replica_that_differs_is_rebuilt(
