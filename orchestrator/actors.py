@@ -20,6 +20,7 @@ import ray.util.scheduling_strategies
 from orchestrator import dist_patch, environment, output, placement
 from orchestrator.config import Config, ConfigError
 from orchestrator.dispatch import Dispatcher, Limits, TaskLost, pause_before_attempt
+from orchestrator.pieces import Pieces, joined
 from orchestrator.records import (
     ChunkScores,
     ExampleScore,
@@ -31,7 +32,6 @@ from orchestrator.records import (
     StepUpdate,
     UpdateLog,
     example_chunks,
-    probe_groups,
 )
 from orchestrator.seats import Seat, Seats, State
 
@@ -113,13 +113,18 @@ class ActorFleet:
         log: Path,
         say: Callable[[str], None],
         limits: Limits = Limits(),  # noqa: B008 -- frozen
+        pieces: Pieces | None = None,
     ) -> None:
-        """`say` is told, in a sentence, what is being waited for and what became of replicas."""
+        """`say` is told, in a sentence, what is being waited for and what became of replicas.
+
+        `pieces` are those of the same config, and may be left out where batches are not cut.
+        """
         self._config = config
         self._log = log
         self._say = say
         self._limits = limits
         self._seats = Seats()
+        self._pieces = pieces or Pieces(config)
         self._updates = UpdateLog()
         self._dispatcher = Dispatcher(limits, time.monotonic, config.fleet.min_replicas)
         self._info: ReplicaInfo | None = None
@@ -206,12 +211,14 @@ class ActorFleet:
         self._updates.append(update)
 
     def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
-        groups = probe_groups(probes, self._config.space.probes_per_group)
-        return self._shared(
+        work = self._pieces.assignments(probes, self._config.space.probes_per_group)
+        losses = self._shared(
             "evaluate",
-            [len(group) for group in groups],
-            lambda seat, task: self._call(seat, "evaluate", groups[task]),
+            [assignment.size for assignment in work],
+            lambda seat, task: self._call(seat, "evaluate", work[task].probes),
+            self._pieces.homes(work),
         )
+        return joined(work, losses)
 
     def score(
         self, split: Split, examples: Sequence[int], *, calibrated: bool = False
@@ -271,10 +278,14 @@ class ActorFleet:
         self._pending.update(dict.fromkeys(calls, seat))
 
     def _shared(
-        self, kind: str, sizes: Sequence[int], call: Callable[[Seat, int], None]
+        self,
+        kind: str,
+        sizes: Sequence[int],
+        call: Callable[[Seat, int], None],
+        homes: Sequence[int] | None = None,
     ) -> list[Any]:
         """Tasks on whichever replicas are free; answers, which are lists, joined in their order."""
-        self._dispatcher.begin(kind, sizes)
+        self._dispatcher.begin(kind, sizes, homes)
         self._rehearsal = lambda seat: call(seat, 0)
         self._finish(kind, call)
         self._rehearsal = None

@@ -415,6 +415,11 @@ class FleetSection(Section):
     tp_size: Positive = 1
     """ray: ranks of a replica, processes of one node that hold one model together; with GPUs, one
     each. Part of the run's identity if above 1."""
+    affinity: Literal["none", "context"] = "none"
+    """context: batches are cut by context, and a replica is given those whose contexts it holds.
+    Part of the run's identity, with `pieces`: the cut decides batch shapes."""
+    pieces: Annotated[int, Field(ge=2, strict=True)] = 8
+    """affinity: that contexts are dealt to; a multiple of `num_replicas`, at best."""
 
     @model_validator(mode="before")
     @classmethod
@@ -455,6 +460,14 @@ class FleetSection(Section):
             raise ValueError(
                 f"max_replicas: {self.max_replicas} is below num_replicas, {number}; raise it, or "
                 "lower num_replicas"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_pieces(self) -> Self:
+        if self.affinity == "none" and self.pieces != type(self).model_fields["pieces"].default:
+            raise ValueError(
+                f"pieces: {self.pieces}: is of no use to fleet.affinity=none; leave it out"
             )
         return self
 
@@ -503,6 +516,11 @@ class Config(Section):
             raise ValueError(
                 f"task.template: {self.task.template!r} has no {MARK}, from which "
                 "space.activation=suffix has the adapter act"
+            )
+        if self.fleet.affinity == "context" and self.space.activation != "suffix":
+            raise ValueError(
+                "fleet.affinity: context: wants space.activation=suffix: only contexts that the "
+                "base model computes are kept from one step to the next"
             )
         if self.model.device == "cpu" and self.space.master == "host":
             raise ValueError("space.master: host: a CPU's memory is the host's; use float32")
@@ -556,6 +574,8 @@ class Config(Section):
         data["threads"] = self.fleet.threads_per_replica
         if self.fleet.tp_size > 1:
             data["tp_size"] = self.fleet.tp_size
+        if self.fleet.affinity != "none":
+            data["pieces"] = self.fleet.pieces
         data["run"] = {"steps": self.run.steps, "seed": self.run.seed}
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -90,6 +90,7 @@ class Dispatcher:
         self._limits = limits
         self._clock = clock
         self._min_replicas = min_replicas
+        self._places: list[int] = []  # all replicas that there have been, up or not
         self._free: dict[int, None] = {}
         self._calls: dict[int, _Call] = {}  # by replica, the earliest first
         self._known: dict[int, set[str]] = {}  # the kinds of calls that a replica has answered
@@ -97,6 +98,8 @@ class Dispatcher:
         self._short_since = clock()
         self._round = 0
         self._waiting: dict[int, None] = {}  # tasks, in their order
+        self._homes: Sequence[int] = []
+        self._shares: dict[int, list[int]] | None = None  # by replica; None: to be dealt anew
         self._own: dict[int, int] | None = None  # in a round of one task each: those to be started
         self._begin("", [])
 
@@ -111,6 +114,8 @@ class Dispatcher:
         """A replica is up."""
         self._known[replica] = set()
         self._free[replica] = None
+        self._places = sorted({*self._places, replica})
+        self._shares = None
 
     def lost(self, replica: int) -> None:
         """A replica is gone, or given up; what it computed goes to the head of the queue.
@@ -120,6 +125,7 @@ class Dispatcher:
         was_short = self.is_short
         del self._known[replica]
         self._free.pop(replica, None)
+        self._shares = None
         if self.is_short and not was_short:
             self._short_since = self._clock()
         call = self._calls.pop(replica, None)
@@ -146,10 +152,16 @@ class Dispatcher:
 
     # ---------------------------------------------------------------- work
 
-    def begin(self, kind: str, sizes: Sequence[int]) -> None:
+    def begin(self, kind: str, sizes: Sequence[int], homes: Sequence[int] | None = None) -> None:
         """A round of tasks, each for any replica. `sizes` are units of work; times are compared
-        among calls of a `kind`."""
+        among calls of a `kind`.
+
+        Tasks of the same number in `homes` are by preference the same replica's in all rounds;
+        without, that is a task's place in the round.
+        """
         self._begin(kind, sizes)
+        self._homes = range(len(sizes)) if homes is None else homes
+        self._shares = None
 
     def begin_each(self, kind: str) -> list[int]:
         """A round of one task for each replica that is up: task i is for the i-th returned."""
@@ -183,10 +195,12 @@ class Dispatcher:
                 (replica, task) for replica, task in self._own.items() if replica in self._free
             ]
         else:
-            free = list(self._free)
-            pairs = self._queued(free)
-            rest = free[len(pairs) :]
-            pairs += zip(rest, self._copies(len(rest), now), strict=False)
+            pairs = self._at_home(list(self._free))
+            busy = {replica for replica, _ in pairs}
+            others = [replica for replica in self._free if replica not in busy]
+            taken = self._taken(len(others))
+            copies = self._copies(len(others) - len(taken), now)
+            pairs += zip(others, [*taken, *copies], strict=False)
         for replica, task in pairs:
             del self._free[replica]
             if self._own is not None:
@@ -199,24 +213,43 @@ class Dispatcher:
             )
         return pairs
 
-    def _queued(self, free: Sequence[int]) -> list[tuple[int, int]]:
-        """Free replicas with tasks of the queue: each its own share's first, or else any's.
+    def _at_home(self, free: Sequence[int]) -> list[tuple[int, int]]:
+        """Replicas with waiting tasks of their own shares, which they take out of the queue.
 
-        Task i is of the i-th replica's share, counted round and round. So at each look a replica
-        meets the held-out rows whose contexts it has in its cache, and none is idle while there is
-        work.
+        So a replica meets again, step by step and look by look, what it has in its cache.
         """
-        places = {replica: place for place, replica in enumerate(self.replicas)}
         pairs: list[tuple[int, int]] = []
-        for replica in free:
-            if not self._waiting:
-                break
-            own = range(places[replica], len(self._sizes), len(places))
-            first = next(iter(self._waiting))
-            task = next((task for task in own if task in self._waiting), first)
-            del self._waiting[task]
-            pairs.append((replica, task))
+        for replica in free if self._waiting else ():
+            own = (task for task in self._share(replica) if task in self._waiting)
+            task = next(own, None)
+            if task is not None:
+                pairs.append((replica, task))
+                del self._waiting[task]
         return pairs
+
+    def _taken(self, number: int) -> list[int]:
+        """Up to so many waiting tasks out of the queue, whosever they are: no replica is idle while
+        there is work. They are the last, so that what a replica takes lies next to each other."""
+        return [self._waiting.popitem()[0] for _ in range(min(number, len(self._waiting)))]
+
+    def _share(self, replica: int) -> list[int]:
+        """The tasks of a round whose home the replica is."""
+        if self._shares is None:
+            self._shares = {other: [] for other in self._known}
+            for task, home in enumerate(self._homes):
+                self._shares[self._home(home)].append(task)
+        return self._shares[replica]
+
+    def _home(self, number: int) -> int:
+        """The replica for a number: counted round and round, over all that there have been.
+
+        While that one is not up another stands in for it, which depends on no third one. So only
+        what was its own moves, and goes back.
+        """
+        usual = self._places[number % len(self._places)]
+        if usual in self._known:
+            return usual
+        return max(self._known, key=lambda replica: hash((number, replica)))
 
     def _copies(self, number: int, now: float) -> list[int]:
         """Up to so many tasks that are slow, each to be computed once more."""

@@ -27,7 +27,7 @@ def started(run: Run, log: Path, say: Say) -> Iterator[tuple[Fleet, ReplicaInfo]
         say(f"starting {kind} replicas ...")
     else:
         say(f"starting {number} {kind} replica{'s' * (number > 1)} ...")
-    fleet = _make_fleet(config, log, say)
+    fleet = _make_fleet(run, log, say)
     try:
         info = fleet.start()
         if info.data_hash != run.data.fingerprint():
@@ -53,12 +53,13 @@ def _prepare_model(config: Config, say: Say) -> None:
             checkpoint.locate(path)
 
 
-def _make_fleet(config: Config, log: Path, say: Say) -> Fleet:
+def _make_fleet(run: Run, log: Path, say: Say) -> Fleet:
     """Imports what the kind of fleet needs: Ray here, or torch and SGLang."""
+    config = run.config
     if config.fleet.kind == "ray":
         from orchestrator.actors import ActorFleet
 
-        return ActorFleet(config, log, say)
+        return ActorFleet(config, log, say, pieces=run.pieces)
     import torch
 
     from orchestrator import dist_patch

@@ -1,13 +1,15 @@
-"""The fleet in one process: the same calls as the actors' fleet, one replica after another.
+"""The fleet in one process: the calls and the policy of the actors' fleet, without the actors.
 
 For tests and small runs. `dist_patch.apply()` must have run before this module is imported.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator.config import Config
+from orchestrator.dispatch import Dispatcher, Limits
+from orchestrator.pieces import joined
 from orchestrator.records import (
     ChunkScores,
     ExampleScore,
@@ -18,13 +20,12 @@ from orchestrator.records import (
     StepUpdate,
     UpdateLog,
     example_chunks,
-    probe_groups,
 )
 from orchestrator.replica import Replica
 
 
 class LocalFleet:
-    """Replicas that take turns."""
+    """Replicas that are all as fast: each computes a task, and then each its next one."""
 
     def __init__(self, config: Config, device: str) -> None:
         self._config = config
@@ -32,32 +33,61 @@ class LocalFleet:
         self._replicas: list[Replica] = []
         self._updates = UpdateLog()
         self._applied: list[int] = []
+        self._dispatcher = Dispatcher(Limits(), lambda: 0.0)
 
     def start(self) -> ReplicaInfo:
         number = self._config.fleet.num_replicas
-        for _ in range(1 if number == "auto" else number):
+        for index in range(1 if number == "auto" else number):
             self._replicas.append(Replica(self._config, self._device))
             self._applied.append(0)
+            self._dispatcher.join(index)
         return self._replicas[0].info
 
     def apply(self, update: StepUpdate) -> None:
         self._updates.append(update)
 
     def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
-        losses = []
-        for index, group in zip(
-            self._turns(), probe_groups(probes, self._config.space.probes_per_group), strict=False
-        ):
-            losses += self._replicas[index].evaluate(self._missing(index), group)
-        return losses
+        pieces = self._replicas[0].pieces
+        work = pieces.assignments(probes, self._config.space.probes_per_group)
+        losses = self._shared(
+            "evaluate",
+            [assignment.size for assignment in work],
+            lambda index, task: self._replicas[index].evaluate(
+                self._missing(index), work[task].probes
+            ),
+            pieces.homes(work),
+        )
+        return joined(work, [loss for some in losses for loss in some])
 
     def score(
         self, split: Split, examples: Sequence[int], *, calibrated: bool = False
     ) -> list[ChunkScores]:
-        return [
-            self._replicas[index].score(self._missing(index), split, chunk, calibrated)
-            for index, chunk in zip(self._turns(), example_chunks(examples), strict=False)
-        ]
+        chunks = example_chunks(examples)
+        return self._shared(
+            "score",
+            [len(chunk) for chunk in chunks],
+            lambda index, task: self._replicas[index].score(
+                self._missing(index), split, chunks[task], calibrated
+            ),
+        )
+
+    def _shared(
+        self,
+        kind: str,
+        sizes: Sequence[int],
+        call: Callable[[int, int], Any],
+        homes: Sequence[int] | None = None,
+    ) -> list[Any]:
+        """Tasks' answers, in their order; `call` has a replica compute one."""
+        answers: dict[int, Any] = {}
+        self._dispatcher.begin(kind, sizes, homes)
+        while not self._dispatcher.is_done:
+            pairs = self._dispatcher.assign()
+            for index, task in pairs:
+                answers[task] = call(index, task)
+            for index, _ in pairs:
+                self._dispatcher.answered(index)
+        return [answers[task] for task in range(len(sizes))]
 
     def linear_probe(self) -> list[ExampleScore]:
         return self._replicas[0].linear_probe(self._missing(0))
@@ -75,9 +105,6 @@ class LocalFleet:
         for replica in self._replicas:
             replica.close()
         self._replicas.clear()
-
-    def _turns(self) -> "itertools.cycle[int]":
-        return itertools.cycle(range(len(self._replicas)))
 
     def _missing(self, index: int) -> list[StepUpdate]:
         missing = self._updates[self._applied[index] :]

@@ -16,10 +16,16 @@ def option_cross_entropy(scores: Sequence[float], label: int) -> float:
     return normaliser - scores[label]
 
 
-def token_cross_entropy(sums: Sequence[float], num_tokens: Sequence[int]) -> float:
-    """Cross-entropy a token, over all tokens of a batch's answers: long answers weigh more, as in
-    MeZO. `sums` holds an answer's log-probability, `num_tokens` its tokens."""
-    return -sum(sums) / sum(num_tokens)
+def mean_loss(parts: Sequence[float], weights: Sequence[int] = ()) -> float:
+    """A batch's loss from its examples' parts: their sum over that of the examples' weights, which
+    are 1 unless given. The order does not matter.
+
+    With answers' negated log-probabilities as parts and their numbers of tokens as weights it is
+    cross-entropy a token over all tokens: long answers weigh more, as in MeZO.
+    """
+    if not all(map(math.isfinite, parts)):
+        return math.nan
+    return math.fsum(parts) / (sum(weights) if weights else len(parts))
 
 
 def option_accuracy(scores: Sequence[float], right: Sequence[int]) -> float:

@@ -45,9 +45,11 @@ class ProbeLoss:
     """Those of them whose keys and values an earlier forward had left, under the same weights. The
     rest that was not computed was shared inside a forward."""
     parts: tuple[float, ...] = ()
-    """Where probes generate, the loss of each example."""
+    """The loss of each example, times its weight."""
     lost: tuple[int, ...] = ()
     """With a reward, how many of its samples failed, by FAILURES."""
+    weights: tuple[int, ...] = ()
+    """What the examples weigh, where not all the same; see `objectives.mean_loss`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from orchestrator.config import Config, ConfigError
 from orchestrator.encoder import Encoder, Encoding, Prompt
 from orchestrator.engine import Engine, Launched
 from orchestrator.objectives import calibrated as without_prior
-from orchestrator.objectives import option_accuracy, option_cross_entropy, token_cross_entropy
+from orchestrator.objectives import mean_loss, option_accuracy, option_cross_entropy
+from orchestrator.pieces import Pieces
 from orchestrator.records import (
     ChunkScores,
     ExampleScore,
@@ -105,7 +106,8 @@ class Replica:
         # Judged once: what a function of the user's says, and how long it takes, may differ.
         reward = config.task.reward if world.rank == 0 else None
         self._rewards = RewardPool(reward) if reward else None
-        self._batches = Batches(config, len(data.train), data.groups)
+        self.pieces = Pieces(config, data.contexts)
+        self._batches = Batches(config, len(data.train), data.groups, self.pieces)
         self._verify_every = config.run.verify_cache
         self._num_probes = 0
         self._latest: list[Batch] = []
@@ -168,10 +170,10 @@ class Replica:
                     sequences, spans, contexts = _sequences(batch.encodings)
                     cache_check.verify(self.engine, sequences, spans, adapters, scores, contexts)
         # The device has all forwards by now; waiting for one before the next would leave it idle.
-        # What it takes for them is time to plan the next step's batch.
-        following = self._batch(self._batches.of(self._next_step + 1))
-        for adapters in launches:
-            self._planned(following, adapters)
+        # What it takes for them is time to plan what is likely to be asked at the next step.
+        following = self.pieces.counterpart(examples, self._batches.of(self._next_step + 1))
+        for adapters in launches if following else ():
+            self._planned(self._batch(following), adapters)
         losses = {
             adapters: iter(self._losses(batch.encodings, batch.plans[adapters], launched))
             for adapters, launched in launches.items()
@@ -405,10 +407,11 @@ class Replica:
         return probes[0].examples
 
     def _batch(self, examples: tuple[int, ...]) -> Batch:
-        """The batch of these training examples; of the last few, the same one again."""
+        """The batch of these training examples; of this step's and the next, the same one again."""
         found = [batch for batch in self._latest if batch.examples == examples]
         batch = found[0] if found else Batch(examples, self._encoder.encode("train", examples), {})
-        self._latest = [batch, *(other for other in self._latest if other is not batch)][:2]
+        self._latest = [batch, *(other for other in self._latest if other is not batch)]
+        del self._latest[2 * self.pieces.number :]
         return batch
 
     def _planned(self, batch: Batch, adapters: Adapters) -> ScorePlan:
@@ -435,12 +438,7 @@ class Replica:
         kind = task.loss if task.objective == "loss" else task.objective
         return [
             [
-                ProbeLoss(
-                    batch_loss(kind, encodings, scores),
-                    answer.num_tokens // len(plan.adapters),
-                    answer.num_asked // len(plan.adapters),
-                    answer.num_reused // len(plan.adapters),
-                )
+                _probe_loss(kind, encodings, scores, answer, len(plan.adapters))
                 for scores in _by_option(encodings, answer)
             ]
             for answer in self.engine.read(plan, launches)
@@ -499,28 +497,45 @@ def answer_loss(
     parts = tuple(
         -math.fsum(worth[first : first + number]) / number for first in range(0, len(worth), number)
     )
-    mean = math.fsum(parts) / len(parts)
     num_found = sum(each.num_reused for each in found)
     lost = rewards.count(judged)
-    return ProbeLoss(mean, num_tokens, num_tokens + num_found, num_found, parts, lost)
+    num_asked = num_tokens + num_found
+    return ProbeLoss(mean_loss(parts), num_tokens, num_asked, num_found, parts, lost)
 
 
-def batch_loss(
-    kind: str, encodings: Sequence[Encoding], scores: Sequence[Sequence[SpanScore]]
-) -> float:
-    """A batch's loss, from its options' scores; `kind` is task.loss, or accuracy."""
+def _probe_loss(
+    kind: str,
+    encodings: Sequence[Encoding],
+    scores: Sequence[Sequence[SpanScore]],
+    answer: Scores,
+    num_adapters: int,
+) -> ProbeLoss:
+    """A probe's loss, from its options' scores, and its share of what all adapters took; `kind` is
+    task.loss, or accuracy."""
+    parts = tuple(
+        _part(kind, encoding, options) for encoding, options in zip(encodings, scores, strict=True)
+    )
+    weights = tuple(_num_right_tokens(encoding) for encoding in encodings) if kind == "lm" else ()
+    return ProbeLoss(
+        mean_loss(parts, weights),
+        answer.num_tokens // num_adapters,
+        answer.num_asked // num_adapters,
+        answer.num_reused // num_adapters,
+        parts,
+        weights=weights,
+    )
+
+
+def _part(kind: str, encoding: Encoding, options: Sequence[SpanScore]) -> float:
+    """An example's part of its batch's loss."""
     if kind == "lm":
-        sums = [options[e.label].sum for e, options in zip(encodings, scores, strict=True)]
-        lengths = [end - start for e in encodings for start, end in [e.spans[e.label]]]
-        return token_cross_entropy(sums, lengths)
-    means = [[option.mean for option in options] for options in scores]
+        return -options[encoding.label].sum
+    means = [option.mean for option in options]
     if kind == "accuracy":
-        values = [
-            -option_accuracy(row, (e.label, *e.also_right))
-            for row, e in zip(means, encodings, strict=True)
-        ]
-    else:
-        values = [
-            option_cross_entropy(row, e.label) for row, e in zip(means, encodings, strict=True)
-        ]
-    return sum(values) / len(values)
+        return -option_accuracy(means, (encoding.label, *encoding.also_right))
+    return option_cross_entropy(means, encoding.label)
+
+
+def _num_right_tokens(encoding: Encoding) -> int:
+    start, end = encoding.spans[encoding.label]
+    return end - start

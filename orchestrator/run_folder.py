@@ -17,6 +17,7 @@ from orchestrator import assets, metrics, tasks
 from orchestrator.config import Config, ConfigError, load
 from orchestrator.metrics import Summary
 from orchestrator.noise import NOISE_VERSION
+from orchestrator.pieces import Pieces
 from orchestrator.records import ReplicaInfo
 from orchestrator.seed_sync import LEDGER_FORMAT, Header, Ledger, same_data
 from orchestrator.tasks import TaskData
@@ -41,6 +42,11 @@ class Run:
     @property
     def log_path(self) -> Path:
         return self.folder / metrics.LOG_FILE
+
+    @property
+    def pieces(self) -> Pieces:
+        """How its batches are cut."""
+        return Pieces(self.config, self.data.contexts)
 
     def summary(self) -> Summary | None:
         """What the run came to, once a process took it to its end."""

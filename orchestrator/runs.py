@@ -244,7 +244,7 @@ def _check_reward(run: Run) -> None:
 
 
 def _batches(run: Run) -> Batches:
-    return Batches(run.config, len(run.data.train), run.data.groups)
+    return Batches(run.config, len(run.data.train), run.data.groups, run.pieces)
 
 
 def _num_steps(run: Run, at: At | None) -> int:

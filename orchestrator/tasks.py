@@ -74,6 +74,13 @@ class TaskData:
         groups = (example.group for example in self.train)
         return tuple(group for group in groups if group is not None)
 
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """What each of `train`'s examples has in common with those that share its keys and values:
+        its group, or else the text before the mark; empty where there is neither."""
+        texts = (example.context[0] for example in self.train if example.context is not None)
+        return self.groups or tuple(texts)
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all examples' texts and labels, split after split, and the splits'
         sizes: HASH-TRAIN-DEV-TEST.

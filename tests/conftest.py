@@ -40,7 +40,13 @@ dist_patch.apply(DEVICE)
 
 from sglang.srt.layers.logits_processor import LogitsMetadata  # noqa: E402
 
+from orchestrator.checkpoint import Checkpoint  # noqa: E402
+from orchestrator.config import Config  # noqa: E402
 from orchestrator.engine import Engine, ScoringHead  # noqa: E402
+from orchestrator.space import Space  # noqa: E402
+from orchestrator.spaces import SpacePlan  # noqa: E402
+
+Make = Callable[..., tuple[Engine, Space]]
 
 GOOD, BAD = ["good", "great", "lovely"], ["bad", "dull", "poor", "terrible"]
 WORDS = [*GOOD, *BAD, "a", "film", "It", "so", "the", "was", "what"]
@@ -231,3 +237,32 @@ def recipe(
         "fleet": {"kind": "local", "num_replicas": 1, "threads_per_replica": 1},
         "run": {"steps": 6, "seed": 3, "check_every": 2},
     }
+
+
+@pytest.fixture
+def make(recipe: dict[str, Any], model_folders: dict[str, Path]) -> Iterator[Make]:
+    """An engine and a space over it, as a replica makes them; closed at the end."""
+    engines = []
+
+    def made(
+        family: str, *, dtype: str = "float32", kv_tokens: int = 512, **space: Any
+    ) -> tuple[Engine, Space]:
+        folder = model_folders[family]
+        model = {**recipe["model"], "path": str(folder), "dtype": dtype}
+        config = Config.model_validate({**recipe, "model": model, "space": space})
+        plan = SpacePlan(config, Checkpoint(folder))
+        engine = Engine(
+            str(folder),
+            dtype=dtype,
+            device=DEVICE,
+            kv_tokens=kv_tokens,
+            threads=2,
+            adapters=plan.adapters,
+            prefixes=plan.prefixes,
+        )
+        engines.append(engine)
+        return engine, plan.build(engine)
+
+    yield made
+    for engine in engines:
+        engine.close()

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bare import adapter_runner, last_logits
-from conftest import DEVICE
+from conftest import Make
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -19,45 +18,16 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from orchestrator import noise
 from orchestrator.checkpoint import Checkpoint
-from orchestrator.config import Config, ConfigError
+from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
 from orchestrator.lora import LoraSpace
 from orchestrator.low_rank import LowRankSpace
 from orchestrator.records import Probe, StepUpdate
-from orchestrator.space import Space
-from orchestrator.spaces import SpacePlan
 
-Make = Callable[..., tuple[Engine, Space]]
 FAMILIES = ["opt", "llama", "qwen3"]
 EPS = 0.05
 SEQUENCES = [[3, 4, 5, 6, 7], [8, 9, 10], [3, 4, 5, 6, 8], [11, 12, 13, 14, 15, 16]]
 SPANS = [(4, 5), (1, 3), (4, 5), (2, 6)]
-
-
-@pytest.fixture
-def make(recipe: dict[str, Any], model_folders: dict[str, Path]) -> Iterator[Make]:
-    """An engine and a space over it, as a replica makes them; closed at the end."""
-    engines = []
-
-    def made(family: str, dtype: str = "float32", **space: Any) -> tuple[Engine, Space]:
-        folder = model_folders[family]
-        model = {**recipe["model"], "path": str(folder), "dtype": dtype}
-        config = Config.model_validate({**recipe, "model": model, "space": space})
-        plan = SpacePlan(config, Checkpoint(folder))
-        engine = Engine(
-            str(folder),
-            dtype=dtype,
-            device=DEVICE,
-            kv_tokens=512,
-            threads=2,
-            adapters=plan.adapters,
-        )
-        engines.append(engine)
-        return engine, plan.build(engine)
-
-    yield made
-    for engine in engines:
-        engine.close()
 
 
 def probes(count: int, step: int = 0) -> list[Probe]:

@@ -116,6 +116,9 @@ REFUSALS = {
     "space={kind: low_rank, master: host}": "space.master: host: is of no use to space.kind=low_",
     "space={kind: lora, master: host}": "space.master: host: space.kind=lora is kept in float32",
     "space.master=host": "space.master: host: a CPU's memory is the host's; use float32",
+    "fleet={affinity: context}": "fleet.affinity: context: wants space.activation=suffix",
+    "fleet={affinity: context, pieces: 1}": "fleet.pieces: 1 is not accepted",
+    "fleet.pieces=4": "fleet.pieces: 4: is of no use to fleet.affinity=none; leave it out",
     "run.steps": "'run.steps': overrides are written section.key=value",
     "run.steps.x=1": "'run.steps.x=1': steps is a value, not a section",
     "run.steps=[": "run.steps: '[' is not accepted",
@@ -192,6 +195,14 @@ def test_missing_sections_and_files_are_named(tmp_path: Path) -> None:
         load(broken)
 
 
+AFFINITIES = (
+    "affinity: none",
+    "affinity: context",
+    "affinity: context, pieces: 4",
+    "affinity: context, pieces: 4, num_replicas: 3",
+)
+
+
 def test_identity_holds_what_decides_the_ledger_and_nothing_else() -> None:
     def identity(*overrides: str) -> str:
         return load(DEMO, overrides).identity()
@@ -216,6 +227,8 @@ def test_identity_holds_what_decides_the_ledger_and_nothing_else() -> None:
         "fleet.tp_size=2",
     ):
         assert identity(deciding) != identity()
+    cut = ("space={kind: lora, activation: suffix}", "task.template={sentence} {*}It was {option}")
+    assert len({identity(*cut, f"fleet={{{fleet}}}") for fleet in AFFINITIES}) == 3
     for deciding in ("task.loss=lm", "task.demonstrations=2", "task.num_dev=2"):
         assert identity(deciding) != identity()
 

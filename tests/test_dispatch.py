@@ -56,6 +56,67 @@ def test_a_free_replica_takes_its_own_share_first_and_then_others() -> None:
     assert all(hurried[number] == 2 for number in (2, 5, 8))
 
 
+def in_step(made: Dispatcher, homes: list[int]) -> dict[int, int]:
+    """Who answers each task of a round where all replicas take as long; none is ever idle."""
+    found: dict[int, int] = {}
+    made.begin("evaluate", [1] * len(homes), homes)
+    while not made.is_done:
+        pairs = made.assign()
+        assert len(pairs) == min(len(made.replicas), len(homes) - len(found))
+        for replica, task in pairs:
+            found[task] = replica
+            made.answered(replica)
+    return found
+
+
+def homes_of(made: Dispatcher, pieces: int) -> list[int]:
+    """Which replica each of so many pieces goes to, where all are free to take it."""
+    return [in_step(made, [piece])[0] for piece in range(pieces)]
+
+
+def test_tasks_go_home_and_only_those_of_a_lost_replica_move_and_come_back() -> None:
+    made = dispatcher(Clock(), 4)
+    usual = [piece % 4 for piece in range(12)]
+    homes = [piece for piece in range(12) for _ in range(3)]
+    for _ in range(3):
+        found = in_step(made, homes)
+        assert [found[task] for task in range(36)] == [usual[piece] for piece in homes]
+    made.lost(2)
+    without_one = homes_of(made, 12)
+    moved = [piece for piece in range(12) if without_one[piece] != usual[piece]]
+    assert moved == [2, 6, 10]
+    assert len({without_one[piece] for piece in moved}) > 1
+    made.lost(0)
+    without_two = homes_of(made, 12)
+    assert all(
+        new == old or (old == 0 and new in (1, 3))
+        for new, old in zip(without_two, without_one, strict=True)
+    )
+    made.join(0)
+    assert homes_of(made, 12) == without_one
+    made.join(2)
+    assert homes_of(made, 12) == usual
+
+
+def test_a_replica_without_work_of_its_own_takes_what_lies_together() -> None:
+    """The last of a queue, but never what another one that is free could take home."""
+    clock = Clock()
+    made = dispatcher(clock, 3)
+    made.begin("evaluate", [1] * 8, [0, 0, 0, 0, 3, 3, 3, 1])
+    assert dict(made.assign()) == {0: 0, 1: 7, 2: 6}
+    made.answered(2)
+    assert made.assign() == [(2, 5)]
+    made.answered(0)
+    made.answered(1)
+    made.answered(2)
+    assert dict(made.assign()) == {0: 1, 1: 4, 2: 3}
+    made.answered(2)
+    made.answered(0)
+    assert dict(made.assign()) == {0: 2}  # its own, though the other came first
+    made.lost(0)
+    assert made.assign() == [(2, 2)]
+
+
 @pytest.mark.parametrize(
     ("stall", "death"), [(0.0, 0.0), (0.001, 0.0), (0.0, 0.003), (0.002, 0.002)]
 )

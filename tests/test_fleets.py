@@ -19,7 +19,7 @@ import ray
 import torch
 import yaml
 from conftest import DEVICE
-from test_training import MARKED, train
+from test_training import ACTIVATED, MARKED, batches_of, train
 
 from orchestrator import actors
 from orchestrator.batches import Batches
@@ -109,18 +109,26 @@ def test_the_ledger_does_not_depend_on_the_fleet(
     assert step_lines(tmp_path) == step_lines(undisturbed)
 
 
-@pytest.mark.parametrize("activation", ["none", "suffix"])
+@pytest.mark.parametrize(
+    ("activation", "affinity"), [("none", "none"), ("suffix", "none"), ("suffix", "context")]
+)
 def test_actors_with_adapter_slots_give_the_local_ledger(
-    activation: str, long_recipe: dict[str, Any], recipe_path: Path, tmp_path: Path, cluster: str
+    activation: str,
+    affinity: str,
+    long_recipe: dict[str, Any],
+    recipe_path: Path,
+    tmp_path: Path,
+    cluster: str,
 ) -> None:
     needs_devices(2)
     space = {"kind": "lora", "rank": 2, "slots": 2, "targets": ["q_proj", "v_proj"]}
     space["activation"] = activation
     task = {**long_recipe["task"], "template": MARKED}
-    values = {**long_recipe, "space": space, "task": task}
+    fleet = {**long_recipe["fleet"], "affinity": affinity}
+    values = {**long_recipe, "space": space, "task": task, "fleet": fleet}
     local = train(Config.model_validate(values), tmp_path / "ledger")
     overrides = [f"space={json.dumps(space)}", f"task.template={MARKED}"]
-    overrides += ["fleet.kind=ray", "fleet.num_replicas=2"]
+    overrides += ["fleet.kind=ray", "fleet.num_replicas=2", f"fleet.affinity={affinity}"]
     folder = tmp_path / "remote"
     finish(launch("train", str(recipe_path), *overrides, f"run.dir={folder}"))
     assert step_lines(folder) == local
@@ -303,6 +311,41 @@ def test_a_run_goes_on_when_actors_are_killed_and_hang(
     digests = two.digests()
     assert list(digests) == ["replica 0", "replica 1"]
     assert len(set(digests.values())) == 1
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_pieces_of_batches_give_the_local_ledger_whoever_computes_them(
+    num_replicas: int, long_recipe: dict[str, Any], tmp_path: Path, cluster: str
+) -> None:
+    """One actor; and three, of which one is killed and comes back."""
+    needs_devices(num_replicas)
+    fleet = {**long_recipe["fleet"], "affinity": "context"}
+    task = {**long_recipe["task"], "template": MARKED}
+    values = {**long_recipe, "space": ACTIVATED, "task": task, "fleet": fleet}
+    expected = train(Config.model_validate(values), tmp_path / "local.jsonl")
+    (tmp_path / "ledger.jsonl").write_bytes(
+        (tmp_path / "local.jsonl").read_bytes().splitlines(keepends=True)[0]
+    )
+    values["fleet"] = {**fleet, "kind": "ray", "num_replicas": num_replicas}
+    config = Config.model_validate(values)
+    batches, num_test = batches_of(config)
+    made = actors.ActorFleet(config, tmp_path / "log", print, pieces=batches.pieces)
+    made.start()
+    recover(made)
+    kills: dict[int, Callable[[], None]] = {
+        3: lambda: ray.kill(made._seats[num_replicas - 1].actor),
+        20: lambda: recover(made),
+    }
+    trouble = Trouble(kills if num_replicas > 1 else {})
+    header, _ = Ledger.read(tmp_path / "ledger.jsonl")
+    with Ledger.open(tmp_path / "ledger.jsonl", header) as ledger:
+        Driver(config, made, ledger, [trouble], batches=batches, num_test=num_test).train()
+    assert not trouble.events
+    assert step_lines(tmp_path) == expected
+    assert len(made._dispatcher.replicas) == num_replicas
+    for seat in made._seats:
+        for actor in seat.actors:
+            ray.kill(actor)
 
 
 def test_a_replica_that_differs_is_rebuilt(

@@ -10,9 +10,9 @@ LAYERS = [
     {"presets", "templates", "answers", "reward_worker"},
     {"config", "records", "environment", "output"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
-    | {"attention_triton", "log_softmax_triton", "norm_triton"},
-    {"rows", "charts", "rewards"},
-    {"estimator", "seed_sync", "tasks", "objectives", "checkpoint", "sweeps"}
+    | {"attention_triton", "log_softmax_triton", "norm_triton", "objectives"},
+    {"rows", "charts", "rewards", "pieces"},
+    {"estimator", "seed_sync", "tasks", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches", "dispatch"}
     | {"placement", "seats"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}

@@ -1,6 +1,6 @@
 """The prefix space against PEFT's prefix tuning, on transformers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,22 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import Make
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from transformers import AutoModelForCausalLM
 
 from orchestrator import noise
-from orchestrator.checkpoint import Checkpoint
-from orchestrator.config import Config, ConfigError
+from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
 from orchestrator.prefix import INITIAL_BOUND, PrefixSpace
 from orchestrator.prefix_slots import PrefixPlan, PrefixSlots
 from orchestrator.records import Probe, StepUpdate
-from orchestrator.spaces import SpacePlan
 
-Make = Callable[..., tuple[Engine, PrefixSpace]]
+MakePrefix = Callable[..., tuple[Engine, PrefixSpace]]
 FAMILIES = ["opt", "llama", "qwen3"]
 EPS = 0.5
 SEQUENCES = [[3, 4, 5, 6, 7], [8, 9, 10], [3, 4, 5, 6, 8], [11, 12, 13, 14, 15, 16]]
@@ -34,31 +32,15 @@ UPDATE = StepUpdate(0, seeds=(5, 6), coefficients=(0.4, 0.2), decay=1.0)
 
 
 @pytest.fixture
-def make(recipe: dict[str, Any], model_folders: dict[str, Path]) -> Iterator[Make]:
-    """An engine and a prefix space over it, as a replica makes them; closed at the end."""
-    engines = []
+def make(make: Make) -> MakePrefix:
+    """An engine and a prefix space over it."""
 
-    def made(family: str, *, kv_tokens: int = 512, **space: Any) -> tuple[Engine, PrefixSpace]:
-        folder = model_folders[family]
-        model = {**recipe["model"], "path": str(folder), "kv_tokens": kv_tokens}
-        values = {**recipe, "model": model, "space": {"kind": "prefix", **space}}
-        plan = SpacePlan(Config.model_validate(values), Checkpoint(folder))
-        engine = Engine(
-            str(folder),
-            dtype="float32",
-            device=DEVICE,
-            kv_tokens=kv_tokens,
-            threads=2,
-            prefixes=plan.prefixes,
-        )
-        engines.append(engine)
-        built = plan.build(engine)
-        assert isinstance(built, PrefixSpace)
-        return engine, built
+    def made(family: str, **choices: Any) -> tuple[Engine, PrefixSpace]:
+        engine, space = make(family, kind="prefix", **choices)
+        assert isinstance(space, PrefixSpace)
+        return engine, space
 
-    yield made
-    for engine in engines:
-        engine.close()
+    return made
 
 
 def probes(count: int, step: int = 0) -> list[Probe]:
@@ -103,7 +85,7 @@ def peft_model(folder: Path, space: PrefixSpace, seed: int = 0, scale: float = 0
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_probes_in_one_forward_equal_peft(
-    family: str, make: Make, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    family: str, make: MakePrefix, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The base in the same batch does not change with the slots, and virtual tokens are no work."""
     engine, space = make(family, tokens=3, slots=4)
@@ -141,7 +123,7 @@ def test_all_probes_in_one_forward_equal_peft(
     assert changed[0] == found[0].tolist() and changed[5] != found[5].tolist()
 
 
-def test_slots_leave_no_entries_behind(make: Make) -> None:
+def test_slots_leave_no_entries_behind(make: MakePrefix) -> None:
     engine, space = make("llama", kv_tokens=128, tokens=5, slots=2)
     free = engine.free_slots()
     assert free[0] == engine.kv_tokens == 128 - 3 * 5
@@ -162,7 +144,7 @@ def test_slots_leave_no_entries_behind(make: Make) -> None:
 
 
 def test_a_failed_forward_gives_back_what_it_took(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: MakePrefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, space = make("opt", tokens=2, slots=2)
     free, expected = engine.free_slots(), sums(engine, [space.adapter])
@@ -179,7 +161,7 @@ def test_a_failed_forward_gives_back_what_it_took(
 
 
 def test_sequences_behind_a_prefix_fill_pool_and_context(
-    make: Make, model_folders: dict[str, Path]
+    make: MakePrefix, model_folders: dict[str, Path]
 ) -> None:
     """To the last token, and no further; batches that do not fit are split."""
     engine, space = make("opt", kv_tokens=1024, tokens=6, slots=2)
@@ -197,7 +179,7 @@ def test_sequences_behind_a_prefix_fill_pool_and_context(
     assert split.spans[0].sum == pytest.approx(long.sum, abs=1e-5)
 
 
-def test_first_values_are_a_function_of_the_seed(make: Make) -> None:
+def test_first_values_are_a_function_of_the_seed(make: MakePrefix) -> None:
     _, space = make("llama", tokens=7)
     assert space.num_parameters == 2 * 2 * 7 * 32  # layers, keys and values, tokens, heads * size
     for name, value in space.values():
@@ -207,7 +189,7 @@ def test_first_values_are_a_function_of_the_seed(make: Make) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exported_prefix_scores_the_same_in_peft_and_starts_another_run(
-    family: str, make: Make, model_folders: dict[str, Path], tmp_path: Path
+    family: str, make: MakePrefix, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     engine, space = make(family, tokens=4, slots=2)
     space.apply(UPDATE)
@@ -237,7 +219,11 @@ def test_an_exported_prefix_scores_the_same_in_peft_and_starts_another_run(
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
-    space: dict[str, Any], message: str, make: Make, model_folders: dict[str, Path], tmp_path: Path
+    space: dict[str, Any],
+    message: str,
+    make: MakePrefix,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     if space.get("init") == "PREFIX":  # of a base model with more heads
         other_engine, other = make("opt", tokens=3)
@@ -274,7 +260,7 @@ def test_ranks_share_the_heads_or_hold_copies(num_heads: int) -> None:
     assert [shard.first_column for shard in parts] == [rank // copies * 8 for rank in range(4)]
 
 
-def test_pools_without_plain_keys_and_values_are_refused(make: Make) -> None:
+def test_pools_without_plain_keys_and_values_are_refused(make: MakePrefix) -> None:
     engine, _ = make("opt")
     latent = SimpleNamespace(
         model_config=engine._runner.model_runner.model_config,

@@ -25,7 +25,7 @@ from transformers import (
 
 from orchestrator import answers, tasks
 from orchestrator.config import Config, ConfigError, Task
-from orchestrator.objectives import option_accuracy, token_cross_entropy
+from orchestrator.objectives import mean_loss, option_accuracy
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.replica import Replica
 
@@ -346,4 +346,4 @@ def test_prompts_that_leave_no_room_for_an_answer_are_refused(model: Model, tmp_
 
 
 def test_every_token_of_a_batch_weighs_the_same() -> None:
-    assert token_cross_entropy([-2.0, -9.0], [1, 10]) == pytest.approx(1.0)
+    assert mean_loss([2.0, 9.0], [1, 10]) == pytest.approx(1.0)

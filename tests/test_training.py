@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator import noise
+from orchestrator import noise, tasks
 from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.driver import Driver
 from orchestrator.local import LocalFleet
 from orchestrator.noise import NoiseKind
+from orchestrator.pieces import Pieces
 from orchestrator.records import StepUpdate
 from orchestrator.seed_sync import Header, Ledger
 
@@ -233,14 +234,22 @@ def test_twenty_steps_equal_the_plain_loop(
     fleet.close()
 
 
+def batches_of(config: Config) -> tuple[Batches, int]:
+    """A run's batches, and how many rows it holds out."""
+    data = tasks.load(config.task)
+    pieces = Pieces(config, data.contexts)
+    return Batches(config, len(data.train), data.groups, pieces), len(data.test)
+
+
 def train(config: Config, path: Path, digests: set[str] | None = None) -> list[bytes]:
     """The step lines of a run's ledger, new or continued, by a local fleet; its replicas' digests
     at the end are added to `digests`."""
     fleet = LocalFleet(config, DEVICE)
     info = fleet.start()
     header = Header(1, 1, config.model.path, info.weights_hash, config.identity(), "", ())
+    batches, num_test = batches_of(config)
     with Ledger.open(path, header) if path.exists() else Ledger.create(path, header) as ledger:
-        Driver(config, fleet, ledger, [], batches=Batches(config, 40), num_test=50).train()
+        Driver(config, fleet, ledger, [], batches=batches, num_test=num_test).train()
     if digests is not None:
         digests |= set(fleet.digests().values())
     fleet.close()

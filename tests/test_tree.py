@@ -1,27 +1,22 @@
 """What a batch's prompts begin with alike is computed once, and the scores are those without."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE, VOCABULARY
+from conftest import DEVICE, VOCABULARY, Make
 
-from orchestrator.checkpoint import Checkpoint
-from orchestrator.config import Config
 from orchestrator.engine import Engine
 from orchestrator.pools import Pools
 from orchestrator.records import Probe
 from orchestrator.score_plan import PlanBatch, ScorePlan, Scores
 from orchestrator.space import Space
-from orchestrator.spaces import SpacePlan
 
 Sequences = list[list[int]]
 Spans = list[tuple[int, int]]
-Make = Callable[..., tuple[Engine, Space]]
 KINDS = ["dense", "lora", "low_rank", "prefix"]
 KV_TOKENS = 200  # so few that batches are split, and entries are evicted
 # Of a log-probability, between float32 kernels that add in other orders.
@@ -157,31 +152,15 @@ def test_four_fifths_of_real_shapes_are_shared(num_options: int) -> None:
 
 
 @pytest.fixture
-def make(recipe: dict[str, Any], model_folders: dict[str, Path]) -> Iterator[Make]:
-    """An engine with a tiny pool and a space over it; closed at the end."""
-    engines = []
+def make(make: Make) -> Make:
+    """An engine with a tiny pool and a space over it."""
 
     def made(kind: str, family: str) -> tuple[Engine, Space]:
-        folder = model_folders[family]
         space = {"kind": kind, **({} if kind == "dense" else {"slots": 2})}
         space |= {"tokens": 3} if kind == "prefix" else {}
-        values = {**recipe, "model": {**recipe["model"], "path": str(folder)}, "space": space}
-        plan = SpacePlan(Config.model_validate(values), Checkpoint(folder))
-        engine = Engine(
-            str(folder),
-            dtype="float32",
-            device=DEVICE,
-            kv_tokens=KV_TOKENS,
-            threads=2,
-            adapters=plan.adapters,
-            prefixes=plan.prefixes,
-        )
-        engines.append(engine)
-        return engine, plan.build(engine)
+        return make(family, kv_tokens=KV_TOKENS, **space)
 
-    yield made
-    for engine in engines:
-        engine.close()
+    return made
 
 
 def whole(
