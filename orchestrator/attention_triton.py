@@ -41,7 +41,7 @@ class Context(NamedTuple):
 
 
 SHORT = Launch(rows=32, keys=32, warps=2, stages=1)
-LONG = Launch(rows=64, keys=64, warps=4, stages=2)
+LONG = Launch(rows=64, keys=64, warps=4, stages=3)
 FLOAT32 = Launch(rows=16, keys=16, warps=4, stages=1)  # larger tiles would not stay in registers
 LONGEST_SHORT = 64
 
