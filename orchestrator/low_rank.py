@@ -107,6 +107,10 @@ class LowRankSpace:
     def num_parameters(self) -> int:
         return self._trained.num_parameters + self._others.num_parameters
 
+    @property
+    def parts(self) -> list[Trained]:
+        return [self._trained, self._others]
+
     # ---------------------------------------------------------------- probes
 
     def placed(self, probes: Sequence[Probe]) -> Groups:
@@ -181,8 +185,7 @@ class LowRankSpace:
         return self._digest(live=True)
 
     def _digest(self, *, live: bool) -> str:
-        lines = self._trained.checksums(live=live) + self._others.checksums(live=live)
-        return space.digest(lines)
+        return space.digest([line for part in self.parts for line in part.checksums(live=live)])
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All weights as the engine runs with them: canonical name, whole tensor on the CPU."""

@@ -49,6 +49,7 @@ class ToyFleet:
 
     def __init__(self) -> None:
         self.weights = np.zeros(SIZE)
+        self.kept: list[str] = []
 
     def start(self) -> ReplicaInfo:
         return ReplicaInfo("toy", "", "", SIZE, "cpu", ())
@@ -77,6 +78,10 @@ class ToyFleet:
 
     def export(self, folder: Path) -> None:
         raise NotImplementedError
+
+    def snapshot(self, digest: str) -> None:
+        assert digest == self.digests()["toy"]
+        self.kept.append(digest)
 
     def close(self) -> None:
         pass
