@@ -182,7 +182,7 @@ class HostTable:
         fixed = tuple(updates)  # the caller's list may be emptied before the device gets to it
         self._stream(lambda chunk: chunk.table.update(kind, fixed, then), changes=bool(fixed))
 
-    def low_rank_update(self, factors: Sequence[Factors], update: StepUpdate) -> None:
+    def low_rank_update(self, factors: Sequence[Factors], updates: Sequence[StepUpdate]) -> None:
         raise ValueError("masters in the host's memory take no steps along low-rank noise")
 
     def digests(self, *, live: bool = False) -> list[int]:

@@ -137,6 +137,10 @@ class Trained:
         self.settle()
 
     @property
+    def is_anchored(self) -> bool:
+        return bool(self._anchors)
+
+    @property
     def num_parameters(self) -> int:
         """Elements, over all ranks."""
         counted = (part.master.numel() for part in self.tensors if part.shard.counted)
@@ -184,10 +188,11 @@ class Trained:
             part.master.sub_(anchor).mul_(update.decay).add_(anchor)
         return replace(update, decay=1.0)
 
-    def apply_low_rank(self, factors: Sequence[Factors], update: StepUpdate) -> None:
-        """Take a step along low-rank noise, one pair of factors a tensor."""
+    def apply_low_rank(self, factors: Sequence[Factors], updates: Sequence[StepUpdate]) -> None:
+        """Take steps along low-rank noise, one pair of factors a tensor; if anchored, one step."""
+        assert not self.is_anchored or len(updates) == 1
         self.settle()
-        self._table.low_rank_update(factors, self._drawn_back(update))
+        self._table.low_rank_update(factors, [self._drawn_back(update) for update in updates])
 
     def checksums(self, *, live: bool = False) -> list[str]:
         """A line a tensor: its name and a checksum of its master, or of what live holds now."""

@@ -221,7 +221,7 @@ def test_what_a_table_on_the_host_cannot_do_is_refused() -> None:
     trained, _, _ = on_host(Model(), lanes)
     factors: Sequence[Factors] = []
     with pytest.raises(ValueError, match="no steps along low-rank noise"):
-        trained.apply_low_rank(factors, StepUpdate(0, (1,), (0.5,), 1.0))
+        trained.apply_low_rank(factors, [StepUpdate(0, (1,), (0.5,), 1.0)])
 
 
 @pytest.mark.parametrize("family", ["opt", "opt-350m", "llama", "qwen3", "phi3"])
