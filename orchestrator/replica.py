@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from orchestrator import answers, cache_check, checkpoint, noise, rewards, tasks
+from orchestrator import answers, cache_check, checkpoint, noise, rewards, snapshot_folder, tasks
 from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError
 from orchestrator.encoder import Encoder, Encoding, Prompt
@@ -124,9 +124,12 @@ class Replica:
             device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
             versions=tuple((name, importlib.metadata.version(name)) for name in RECORDED_PACKAGES),
         )
-        is_kept = config.run.snapshot_every > 0 and config.run.dir is not None
-        self._snapshots = Snapshots(config, self.info.weights_hash) if is_kept else None
-        self._next_step = self._snapshots.restore(self.space, marks) if self._snapshots else 0
+        self._snapshots: Snapshots | None = None
+        self._next_step = 0
+        if config.run.snapshot_every and config.run.dir is not None:
+            folder = Path(config.run.dir) / snapshot_folder.FOLDER
+            self._snapshots = Snapshots(folder, self.info.weights_hash, config.meaning())
+            self._next_step = self._snapshots.restore(self.space, marks)
 
     @property
     def num_applied(self) -> int:

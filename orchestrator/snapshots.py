@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from orchestrator import snapshot_folder, space
-from orchestrator.config import Config
 from orchestrator.noise import NOISE_VERSION
 from orchestrator.records import MARK_SIZE
 from orchestrator.runner import sum_over_ranks
@@ -36,13 +35,12 @@ class Snapshots:
     """The snapshots of one run, as one replica writes and reads them. All its ranks make the same
     calls."""
 
-    def __init__(self, config: Config, weights_hash: str) -> None:
-        """`weights_hash` is of the base weights, and of the adapter that training began with.
-        The recipe names the run's folder."""
-        assert config.run.dir is not None
-        self.folder = Path(config.run.dir) / snapshot_folder.FOLDER
-        bound = [FORMAT, NOISE_VERSION, weights_hash, config.meaning()]
-        self._run = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+    def __init__(self, folder: Path, *origin: object) -> None:
+        """`origin` is what the state depends on beside the updates, in terms of JSON: the hash of
+        the base weights and of the adapter that training began with, and Config.meaning."""
+        self.folder = folder
+        bound = json.dumps([FORMAT, NOISE_VERSION, *origin], sort_keys=True)
+        self._run = hashlib.sha256(bound.encode()).hexdigest()
 
     def write(self, trained: Space, step: int, mark: bytes, digest: str) -> None:
         """Write down the state that so many updates, with this mark, have led to.

@@ -172,7 +172,7 @@ class Shelf:
         known, space = updates or self.updates, self.replica.space
         before = space.digest()
         hash = self.replica.info.weights_hash + weights
-        step = Snapshots(self.config, hash).restore(space, marks(known))
+        step = Snapshots(self.folder, hash, self.config.meaning()).restore(space, marks(known))
         assert space.digest() == self.digests.get(step, before)
         return step
 
@@ -298,7 +298,8 @@ def test_a_snapshot_of_another_recipe_is_passed_over(
         {key: {**part, **change.get(key, {})} for key, part in values.items()}
     )
     hash = shelf.replica.info.weights_hash
-    assert Snapshots(other, hash).restore(shelf.replica.space, marks(shelf.updates)) == 0
+    snapshots = Snapshots(shelf.folder, hash, other.meaning())
+    assert snapshots.restore(shelf.replica.space, marks(shelf.updates)) == 0
 
 
 def test_what_cannot_be_written_is_told_and_leaves_nothing(
