@@ -113,7 +113,7 @@ def test_a_snapshot_and_what_follows_is_the_whole_replay(
         assert snapshot(writer, updates[:end]) == ""
     expected = answers(writer, updates)
     writer.close()
-    reader = Replica(config, DEVICE, marks(updates))
+    reader = Replica(config, DEVICE, marks=marks(updates))
     assert reader.num_applied == 7
     assert answers(reader, updates) == expected
     reader.close()
@@ -134,7 +134,7 @@ def test_a_master_in_the_hosts_memory_takes_up_one_on_the_gpu(
         expected = answers(writer, updates)
         writer.close()
         config = configured(recipe, folder, {"master": second}, {}, "bfloat16")
-        reader = Replica(config, DEVICE, marks(updates))
+        reader = Replica(config, DEVICE, marks=marks(updates))
         assert reader.num_applied == 5
         assert answers(reader, updates) == expected
         reader.close()
@@ -246,7 +246,7 @@ def test_a_replica_whose_snapshots_are_damaged_replays_from_the_base(shelves: Sh
         damaged = bytearray(path.read_bytes())
         damaged[-1] ^= 1
         path.write_bytes(damaged)
-    replica = Replica(shelf.config, DEVICE, marks(shelf.updates))
+    replica = Replica(shelf.config, DEVICE, marks=marks(shelf.updates))
     assert replica.num_applied == 0
     assert replica.space.digest() == shelf.base
     assert answers(replica, shelf.updates) == shelf.expected
@@ -421,17 +421,17 @@ def test_a_respawned_replica_is_sent_only_what_follows_the_snapshot(
     two = actors.ActorFleet(Config.model_validate(values), tmp_path / "log", said.append, Limits())
     two.start()
     sent: dict[Any, list[int]] = {}  # to each actor, be it dead by then or not
-    missing = two._missing
+    call = two._call
 
-    def noted(seat: Any) -> list[StepUpdate]:
-        updates = missing(seat)
-        sent.setdefault(seat.actor, []).extend(update.step for update in updates)
-        return updates
+    def noted(seat: Any, *arguments: Any) -> None:
+        missing = two._updates[seat.num_applied :]
+        sent.setdefault(seat.actor, []).extend(update.step for update in missing)
+        call(seat, *arguments)
 
-    two._missing = noted  # type: ignore[method-assign]
+    two._call = noted  # type: ignore[method-assign, assignment]
 
     def kill() -> None:
-        while any(seat.state == "writing" for seat in two._seats):
+        while two._seats.of("writing"):
             two._attend()
         for seat in two._seats:
             ray.kill(seat.actor)
