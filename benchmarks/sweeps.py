@@ -102,7 +102,7 @@ def low_rank_sweeps(parts: list[Slice], moved: int) -> Iterator[Sweep]:
         ]
 
         def update(factors: list[Factors] = factors, count: int = num_seeds) -> None:
-            whole.low_rank_update(factors, step(count))
+            whole.low_rank_update(factors, [step(count)])
 
         yield f"low-rank update, rank {RANK}, seeds {num_seeds}", moved * size, update
 

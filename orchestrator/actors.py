@@ -22,6 +22,7 @@ from orchestrator.config import Config, ConfigError
 from orchestrator.dispatch import Dispatcher, Limits, TaskLost, pause_before_attempt
 from orchestrator.pieces import Pieces, joined
 from orchestrator.records import (
+    MARK_SIZE,
     ChunkScores,
     ExampleScore,
     FleetError,
@@ -62,10 +63,18 @@ class ReplicaActor:
         return f"file://{self._folder.name}/rendezvous"
 
     def load(
-        self, config: Config, device: str, log: Path, rank: int = 0, meeting_place: str = ""
-    ) -> ReplicaInfo:
-        """Load everything. Not in the constructor: Ray tells why a call failed, but not why a
-        constructor did. All ranks must be loading for one to end."""
+        self,
+        config: Config,
+        device: str,
+        log: Path,
+        marks: bytes = b"",
+        rank: int = 0,
+        meeting_place: str = "",
+    ) -> tuple[ReplicaInfo, int]:
+        """Load everything; and how many updates are applied then, see `Replica`.
+
+        Not in the constructor: Ray tells why a call failed, but not why a constructor did. All
+        ranks must be loading for one to end."""
         if log.parent.is_dir():  # another node may not have the run folder
             output.divert(log)
         dist_patch.apply(device)
@@ -74,8 +83,8 @@ class ReplicaActor:
         from orchestrator.runner import World
 
         world = World(rank, config.fleet.tp_size, meeting_place)
-        self._replica = Replica(config, device, world)
-        return self._replica.info
+        self._replica = Replica(config, device, world, marks)
+        return self._replica.info, self._replica.num_applied
 
     def evaluate(self, updates: Sequence[StepUpdate], probes: Sequence[Probe]) -> list[ProbeLoss]:
         return self._replica.evaluate(updates, probes)
@@ -94,6 +103,9 @@ class ReplicaActor:
 
     def digest(self, updates: Sequence[StepUpdate]) -> str:
         return self._replica.digest(updates)
+
+    def snapshot(self, updates: Sequence[StepUpdate], mark: bytes, digest: str) -> str:
+        return self._replica.snapshot(updates, mark, digest)
 
     def export(self, updates: Sequence[StepUpdate], folder: Path) -> None:
         self._replica.export(updates, folder)
@@ -135,6 +147,7 @@ class ActorFleet:
         self._rehearsal: Callable[[Seat], None] | None = None
         self._room, self._last_look = 0, 0.0
         self._last_loss = ""
+        self._is_told_of_snapshots = False  # that they cannot be written
         self._reason = ""  # what a round is for, if the user is to be told
         self._last_news = 0.0
 
@@ -264,6 +277,16 @@ class ActorFleet:
             "to replay the ledger and write the model",
         )
 
+    def snapshot(self, digest: str) -> None:
+        """A replica writes while the others go on. None does while another still writes."""
+        if self._seats.of("writing"):
+            return
+        while (number := self._dispatcher.lend()) is None:
+            self._attend()
+        seat = self._seats[number]
+        seat.enter("writing", time.monotonic())
+        self._call(seat, "snapshot", self._updates.marks[-MARK_SIZE:], digest)
+
     def _call(self, seat: Seat, method: str, *arguments: Any) -> None:
         """Ask all ranks of a replica, with the updates that it has not been sent."""
         missing = self._updates[seat.num_applied :]
@@ -331,7 +354,7 @@ class ActorFleet:
         for number in self._dispatcher.overdue():
             self._lose(self._seats[number], _Lost("did not answer in time"))
         now = time.monotonic()
-        for seat in self._seats.of(*ON_THE_WAY):
+        for seat in self._seats.of(*ON_THE_WAY, "writing"):
             if now - seat.since > self._limits.first_call_s:
                 self._lose(seat, _Lost(f"was not done {seat.state} in time"))
         for seat in self._seats.of("empty"):
@@ -355,21 +378,30 @@ class ActorFleet:
         if seat.state == "placing":
             seat.enter("loading", time.monotonic())
             calls = [
-                actor.load.remote(*self._load_arguments, rank, answer)
+                actor.load.remote(*self._load_arguments, self._updates.marks, rank, answer)
                 for rank, actor in enumerate(seat.actors)
             ]
             self._ask(seat, calls)
         elif seat.state == "loading":
+            info, seat.num_applied = answer
             if self._info is None:
-                self._info = answer
-            elif answer != self._info:
-                difference = f"differs from the others: {answer}, {self._info}"
+                self._info = info
+            elif info != self._info:
+                difference = f"differs from the others: {info}, {self._info}"
                 if not self._has_started:
                     raise FleetError(f"{seat.name} {difference}")
                 raise _Lost(difference)
+            if seat.num_applied:
+                self._say(f"{seat.name} starts from the snapshot of step {seat.num_applied}")
             self._catch_up(seat)
         elif seat.state == "catching up":
             self._join(seat)
+        elif seat.state == "writing":
+            seat.enter("ready", time.monotonic())
+            self._dispatcher.give_back(seat.number)
+            if answer and not self._is_told_of_snapshots:
+                self._is_told_of_snapshots = True
+                self._say(f"{answer}; the run goes on without")
         else:
             seat.failures = 0
             self._proven.add(seat.kind)
@@ -378,7 +410,8 @@ class ActorFleet:
                 self._answers[task] = answer
 
     def _place(self, seat: Seat) -> None:
-        """Ask for actors, which stand at the base model: their first call brings all updates.
+        """Ask for actors, which will stand at the base model, or at a snapshot: their first call
+        brings all updates that follow.
 
         Several ranks are placed on one node, or not at all.
         """
@@ -447,7 +480,7 @@ class ActorFleet:
         """Give a replica up, dead or not, and have it replaced; it held nothing that is lost."""
         logger.warning("%s %s while %s: %s", seat.name, reason, seat.state, reason.__cause__)
         self._last_loss = f"{seat.name} {reason}"
-        was_ready = seat.state == "ready"
+        was_ready = seat.state in ("ready", "writing")
         self._dismiss(seat)
         seat.enter("empty", time.monotonic())
         seat.failures += 1

@@ -490,6 +490,9 @@ class Run(Section):
     """Rows of such a look; of held-out ones, before and after, all are used."""
     check_every: NonNegative = 50
     """Steps between comparisons of the replicas' digests; 0: only at the end."""
+    snapshot_every: NonNegative = 0
+    """Steps between snapshots of the trained state, from which replicas start instead of replaying
+    all steps; 0: none are written, and none are used."""
     verify_cache: NonNegative = 0
     """Every so many probes of a replica are computed again without any reuse, and the run ends if
     the two differ; 0: none."""
@@ -579,6 +582,14 @@ class Config(Section):
         data["run"] = {"steps": self.run.steps, "seed": self.run.seed}
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def meaning(self) -> tuple[object, ...]:
+        """What a ledger's seeds and coefficients lead to depends on these keys, and no others."""
+        space = self.space.model_dump(mode="json", exclude={"slots", "init"})
+        if space["master"] == "host":  # the bits are those of float32
+            space["master"] = "float32"
+        drawn_from = None if self.space.kind == "dense" else self.run.seed
+        return space, self.estimator.noise, self.estimator.decay_towards, drawn_from
 
     def _in_device_memory(self) -> Self:
         """The same run with its master on the GPU."""

@@ -71,6 +71,10 @@ class DenseSpace:
     def num_parameters(self) -> int:
         return self.trained.num_parameters
 
+    @property
+    def parts(self) -> list[Trained]:
+        return [self.trained]
+
     def placed(self, probes: Sequence[Probe]) -> Groups:
         with self._overlapping():
             for probe in probes:

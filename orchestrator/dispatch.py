@@ -117,6 +117,15 @@ class Dispatcher:
         self._places = sorted({*self._places, replica})
         self._shares = None
 
+    def lend(self) -> int | None:
+        """A replica that computes nothing, for other work until it is given back or lost; None if
+        there is none."""
+        return self._free.popitem()[0] if self._free else None
+
+    def give_back(self, replica: int) -> None:
+        """A replica that was lent is free again."""
+        self._free[replica] = None
+
     def lost(self, replica: int) -> None:
         """A replica is gone, or given up; what it computed goes to the head of the queue.
 

@@ -32,7 +32,7 @@ class Driver:
         num_test: int,
         num_dev: int = 0,
     ) -> None:
-        """`fleet` is started; its replicas stand at the base model."""
+        """`fleet` is started; it has none of the ledger's updates, or some of the first."""
         self._config = config
         self._fleet = fleet
         self._ledger = ledger
@@ -55,8 +55,11 @@ class Driver:
         for step in range(first, run.steps):
             self.step(step)
             done = step + 1
-            if run.check_every and done % run.check_every == 0:
-                self.check_digests()
+            is_kept = run.snapshot_every and done % run.snapshot_every == 0
+            if is_kept or (run.check_every and done % run.check_every == 0):
+                digest = self.check_digests()
+                if is_kept:  # a state on which all replicas agree
+                    self._fleet.snapshot(digest)
             if run.eval_every and done % run.eval_every == 0 and done < run.steps:
                 self.look(done)
 

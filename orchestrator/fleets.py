@@ -4,22 +4,25 @@ Owns what each kind of fleet needs imported, and what the user is told meanwhile
 what the fleet is started for.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from orchestrator import assets
 from orchestrator.config import Config, ConfigError
-from orchestrator.records import Fleet, ReplicaInfo
+from orchestrator.records import Fleet, ReplicaInfo, StepUpdate
 from orchestrator.run_folder import Run
 
 Say = Callable[[str], None]
 
 
 @contextmanager
-def started(run: Run, log: Path, say: Say) -> Iterator[tuple[Fleet, ReplicaInfo]]:
-    """A fleet whose replicas all stand at the base model, and see this process's data."""
+def started(
+    run: Run, log: Path, say: Say, past: Iterable[StepUpdate] = ()
+) -> Iterator[tuple[Fleet, ReplicaInfo]]:
+    """A fleet whose replicas all see this process's data, and stand at the base model, or at a
+    snapshot of `past`: a run's updates, which the fleet then has."""
     config = run.config
     _prepare_model(config, say)
     number, kind = config.fleet.num_replicas, config.fleet.kind
@@ -28,6 +31,8 @@ def started(run: Run, log: Path, say: Say) -> Iterator[tuple[Fleet, ReplicaInfo]
     else:
         say(f"starting {number} {kind} replica{'s' * (number > 1)} ...")
     fleet = _make_fleet(run, log, say)
+    for update in past:
+        fleet.apply(update)
     try:
         info = fleet.start()
         if info.data_hash != run.data.fingerprint():
@@ -70,7 +75,7 @@ def _make_fleet(run: Run, log: Path, say: Say) -> Fleet:
     dist_patch.apply(device)
     from orchestrator.local import LocalFleet  # imports SGLang, which has to follow the patches
 
-    return LocalFleet(config, device)
+    return LocalFleet(config, device, say)
 
 
 def with_one_replica(run: Run) -> Run:

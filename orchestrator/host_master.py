@@ -142,12 +142,19 @@ class HostTable:
         self._lanes = lanes or _streams(self._buffers)
         self._free: list[Any] = [None] * len(self._buffers)
         self._num_slices = len(slices)
+        self._shapes = [part.live.shape for part in slices]
         self._chunks = [
             self._chunk(pieces, number % len(self._buffers)) for number, pieces in enumerate(packed)
         ]
         self._last_chunks = {  # of each stage
             stages[piece.index]: number for number, pieces in enumerate(packed) for piece in pieces
         }
+        # Of each slice, in its order: chunk, first element there, elements.
+        self._places: list[list[tuple[int, int, int]]] = [[] for _ in slices]
+        for number, pieces in enumerate(packed):
+            for piece in pieces:
+                place = number, piece.offset, piece.part.live.numel()
+                self._places[piece.index].append(place)
         self._is_overlapping = False
 
     def _chunk(self, pieces: Sequence[Piece], buffer: int) -> Chunk:
@@ -175,7 +182,7 @@ class HostTable:
         fixed = tuple(updates)  # the caller's list may be emptied before the device gets to it
         self._stream(lambda chunk: chunk.table.update(kind, fixed, then), changes=bool(fixed))
 
-    def low_rank_update(self, factors: Sequence[Factors], update: StepUpdate) -> None:
+    def low_rank_update(self, factors: Sequence[Factors], updates: Sequence[StepUpdate]) -> None:
         raise ValueError("masters in the host's memory take no steps along low-rank noise")
 
     def digests(self, *, live: bool = False) -> list[int]:
@@ -189,6 +196,30 @@ class HostTable:
         self._stream(add, changes=False)
         self._lanes.sweep.finish()
         return sums
+
+    # ---------------------------------------------------------------- values
+
+    def read(self, index: int) -> torch.Tensor:
+        """See space.KeepingTable."""
+        return torch.cat(self._parts(index)).view(self._shapes[index])
+
+    def write(self, index: int, values: torch.Tensor) -> None:
+        """See space.KeepingTable."""
+        first, flat = 0, values.reshape(-1)
+        for part in self._parts(index):
+            part.copy_(flat[first : first + len(part)])
+            first += len(part)
+
+    def _parts(self, index: int) -> list[torch.Tensor]:
+        """Where a slice's master lies, once no copy is on its way."""
+        self._lanes.load.finish()
+        self._lanes.store.finish()
+        return [
+            self._chunks[number].masters[first : first + count]
+            for number, first, count in self._places[index]
+        ]
+
+    # ---------------------------------------------------------------- streams
 
     def _stream(self, sweep: Callable[[Chunk], object], *, changes: bool) -> None:
         """Sweep over all chunks in turn; `changes`: their masters, too."""

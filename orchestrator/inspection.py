@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from orchestrator import metrics
+from orchestrator import metrics, snapshot_folder
 from orchestrator.config import ConfigError
 from orchestrator.seed_sync import Header, LedgerError, StepRecords, Survey, survey
 
@@ -30,7 +30,12 @@ def inspect(folder: Path) -> Iterator[str]:
     except LedgerError as error:
         damage = error
     if found.header is not None:
-        lines = chain(_header(found.header), _steps(path, found), _rates(folder, found.num_steps))
+        lines = chain(
+            _header(found.header),
+            _steps(path, found),
+            _rates(folder, found.num_steps),
+            _snapshots(folder),
+        )
         for name, value in lines:
             yield f"{name:<16}{value}"
     if damage is not None:
@@ -80,3 +85,10 @@ def _rates(folder: Path, num_steps: int) -> Iterator[tuple[str, str]]:
         )
     if len(seconds) < num_steps:
         yield "without metrics", f"{num_steps - len(seconds):,} steps"
+
+
+def _snapshots(folder: Path) -> Iterator[tuple[str, str]]:
+    found = snapshot_folder.listed(folder / snapshot_folder.FOLDER)
+    sizes = [f"step {step} ({path.stat().st_size:,} bytes)" for step, path in found.items()]
+    if sizes:
+        yield "snapshots", ", ".join(sizes)

@@ -3,6 +3,7 @@
 For tests and small runs. `dist_patch.apply()` must have run before this module is imported.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from orchestrator.config import Config
 from orchestrator.dispatch import Dispatcher, Limits
 from orchestrator.pieces import joined
 from orchestrator.records import (
+    MARK_SIZE,
     ChunkScores,
     ExampleScore,
     Probe,
@@ -23,13 +25,20 @@ from orchestrator.records import (
 )
 from orchestrator.replica import Replica
 
+logger = logging.getLogger(__name__)
+
 
 class LocalFleet:
     """Replicas that are all as fast: each computes a task, and then each its next one."""
 
-    def __init__(self, config: Config, device: str) -> None:
+    def __init__(
+        self, config: Config, device: str, say: Callable[[str], None] = logger.warning
+    ) -> None:
+        """`say` is told, in a sentence, what the user should know."""
         self._config = config
         self._device = device
+        self._say = say
+        self._is_told_of_snapshots = False  # that they cannot be written
         self._replicas: list[Replica] = []
         self._updates = UpdateLog()
         self._applied: list[int] = []
@@ -38,9 +47,12 @@ class LocalFleet:
     def start(self) -> ReplicaInfo:
         number = self._config.fleet.num_replicas
         for index in range(1 if number == "auto" else number):
-            self._replicas.append(Replica(self._config, self._device))
-            self._applied.append(0)
+            replica = Replica(self._config, self._device, marks=self._updates.marks)
+            self._replicas.append(replica)
+            self._applied.append(replica.num_applied)
             self._dispatcher.join(index)
+        if self._applied[0]:
+            self._say(f"starting from the snapshot of step {self._applied[0]}")
         return self._replicas[0].info
 
     def apply(self, update: StepUpdate) -> None:
@@ -97,6 +109,13 @@ class LocalFleet:
             f"replica {index}": replica.digest(self._missing(index))
             for index, replica in enumerate(self._replicas)
         }
+
+    def snapshot(self, digest: str) -> None:
+        mark = self._updates.marks[-MARK_SIZE:]
+        trouble = self._replicas[0].snapshot(self._missing(0), mark, digest)
+        if trouble and not self._is_told_of_snapshots:
+            self._is_told_of_snapshots = True
+            self._say(f"{trouble}; the run goes on without")
 
     def export(self, folder: Path) -> None:
         self._replicas[0].export(self._missing(0), folder)

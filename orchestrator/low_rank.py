@@ -22,9 +22,11 @@ from orchestrator.export import write_model
 from orchestrator.noise import NoiseKind, TensorRegion, factor_kind
 from orchestrator.parameters import CanonicalTensor, check_words
 from orchestrator.records import Probe, StepUpdate
-from orchestrator.space import Groups, Placed, Trained, TrainedTensor, table
+from orchestrator.space import MAX_WAITING_SEEDS, Groups, Placed, Trained, TrainedTensor, table
 from orchestrator.sweeps import Draw, Factors, Slice, Table
 
+# While updates wait for each other, their factors may take one byte for so many of the masters'.
+MASTERS_OVER_FACTORS = 64
 RIGHT_FACTORS = 2**32 - 1  # in place of a perturbation's number, where they are kept for steps
 
 
@@ -85,6 +87,15 @@ class LowRankSpace:
         self._trained = Trained(matrices, noise_kind, anchored=anchored)
         self._draws: dict[int, Table] = {}
         self._factors: tuple[list[Factors], Table] | None = None
+        self._waiting: list[StepUpdate] = []
+        self._most_waiting = self._fused_seeds()
+
+    def _fused_seeds(self) -> int:
+        """How many seeds' updates are at most held back to be taken in one pass."""
+        masters = [matrix.tensor.master for matrix in self._matrices]
+        size = sum(master.numel() * master.itemsize for master in masters)
+        each = self._rank * sum(sum(master.shape) for master in masters)
+        return min(MAX_WAITING_SEEDS, size // MASTERS_OVER_FACTORS // max(1, each))
 
     def _matrix(
         self, tensor: CanonicalTensor, master_dtype: torch.dtype, left: Factor, right: Factor
@@ -107,9 +118,15 @@ class LowRankSpace:
     def num_parameters(self) -> int:
         return self._trained.num_parameters + self._others.num_parameters
 
+    @property
+    def parts(self) -> list[Trained]:
+        self._take()
+        return [self._trained, self._others]
+
     # ---------------------------------------------------------------- probes
 
     def placed(self, probes: Sequence[Probe]) -> Groups:
+        self._take()
         size = 1 if self._others.tensors else len(self._slots)
         for start in range(0, len(probes), size):
             group = probes[start : start + size]
@@ -147,15 +164,35 @@ class LowRankSpace:
     # ---------------------------------------------------------------- state
 
     def apply(self, update: StepUpdate) -> None:
-        factors, draws_table = self._factors_of(len(update.seeds))
-        draws = [self._factor_draws(update.step, seed) for seed in update.seeds]
-        draws_table.perturb(factor_kind(self._noise), [draw for pair in draws for draw in pair])
-        self._trained.apply_low_rank(factors, update)
         self._others.apply(update)
+        number = len(update.seeds) + sum(len(waiting.seeds) for waiting in self._waiting)
+        if self._trained.is_anchored or number > self._most_waiting:
+            self._take()
+        self._waiting.append(update)
+
+    def _take(self) -> None:
+        """Take the updates that wait, in one pass over the masters."""
+        if not self._waiting:
+            return
+        draws = [
+            self._factor_draws(update.step, seed)
+            for update in self._waiting
+            for seed in update.seeds
+        ]
+        number = len(draws)
+        factors, draws_table = self._factors_of(number)
+        # There may be room for more: what is not asked for is drawn like the last, and not used.
+        draws += [draws[-1]] * (len(factors[0].left) - number) if draws else []
+        draws_table.perturb(factor_kind(self._noise), [draw for pair in draws for draw in pair])
+        used = [Factors(left[:number], right[:number]) for left, right in factors]
+        self._trained.apply_low_rank(used, self._waiting)
+        self._waiting.clear()
 
     def _factors_of(self, num_seeds: int) -> tuple[list[Factors], Table]:
-        """Where an update's factors go, and the table that draws them; kept for the next step."""
-        if self._factors is None or len(self._factors[0][0].left) != num_seeds:
+        """Where updates' factors go, and the table that draws them; kept for the next ones, with
+        room for up to twice as many."""
+        held = 0 if self._factors is None else len(self._factors[0][0].left)
+        if self._factors is None or not num_seeds <= held <= 2 * num_seeds:
             self._factors = None  # before the new ones take memory
             device, rank = self._matrices[0].tensor.master.device, self._rank
             factors: list[Factors] = []
@@ -171,6 +208,7 @@ class LowRankSpace:
         return self._factors
 
     def settle(self) -> None:
+        self._take()
         self._others.settle()
 
     def digest(self) -> str:
@@ -181,8 +219,8 @@ class LowRankSpace:
         return self._digest(live=True)
 
     def _digest(self, *, live: bool) -> str:
-        lines = self._trained.checksums(live=live) + self._others.checksums(live=live)
-        return space.digest(lines)
+        self._take()
+        return space.digest([line for part in self.parts for line in part.checksums(live=live)])
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All weights as the engine runs with them: canonical name, whole tensor on the CPU."""

@@ -4,6 +4,8 @@ Everything here is scalars, seeds, ids and digests: no tensor ever travels. This
 neither how a probe is computed (replica) nor what its loss is used for (estimator).
 """
 
+import hashlib
+import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Literal, Protocol
 
 Split = Literal["train", "dev", "test"]
 EXAMPLES_PER_CHUNK = 64
+MARK_SIZE = 16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class StepUpdate:
 
 
 class UpdateLog:
-    """The updates of all steps so far, from 0, in some 16 bytes a seed and 24 a step.
+    """The updates of all steps so far, from 0, in some 16 bytes a seed and 40 a step.
 
     `log[start:stop]` gives updates equal to those that were appended.
     """
@@ -75,17 +78,27 @@ class UpdateLog:
     def __init__(self) -> None:
         self._seeds, self._coefficients = array("Q"), array("d")
         self._decays, self._ends = array("d"), array("Q", [0])
+        self._marks = bytearray()
 
     def __len__(self) -> int:
         return len(self._decays)
 
     def append(self, update: StepUpdate) -> None:
-        """The update of the next step."""
+        """The update of the next step, or once more that of an earlier one."""
+        if self[update.step : update.step + 1] == [update]:
+            return
         assert update.step == len(self), f"{update.step} after {len(self)} steps"
+        self._marks += _mark(bytes(self._marks[-MARK_SIZE:]), update)
         self._seeds.extend(update.seeds)
         self._coefficients.extend(update.coefficients)
         self._decays.append(update.decay)
         self._ends.append(len(self._seeds))
+
+    @property
+    def marks(self) -> bytes:
+        """MARK_SIZE bytes a step: a hash of all updates up to it. They tell whether a snapshot is
+        of these steps, without the updates themselves."""
+        return bytes(self._marks)
 
     def __getitem__(self, steps: slice) -> list[StepUpdate]:
         return [self._update(step) for step in range(len(self))[steps]]
@@ -94,6 +107,13 @@ class UpdateLog:
         pairs = slice(self._ends[step], self._ends[step + 1])
         seeds, coefficients = tuple(self._seeds[pairs]), tuple(self._coefficients[pairs])
         return StepUpdate(step, seeds, coefficients, self._decays[step])
+
+
+def _mark(before: bytes, update: StepUpdate) -> bytes:
+    number = len(update.seeds)
+    values = (update.step, number, *update.seeds, *update.coefficients, update.decay)
+    packed = struct.pack(f"<QQ{number}Q{number}dd", *values)
+    return hashlib.blake2b(before + packed, digest_size=MARK_SIZE).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +173,9 @@ class Fleet(Protocol):
 
     def start(self) -> ReplicaInfo: ...
 
-    def apply(self, update: StepUpdate) -> None: ...
+    def apply(self, update: StepUpdate) -> None:
+        """One that the fleet has already is skipped. Replicas that start behind such updates may
+        do so from a snapshot of them."""
 
     def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]: ...
 
@@ -167,6 +189,10 @@ class Fleet(Protocol):
     def digests(self) -> dict[str, str]: ...
 
     def export(self, folder: Path) -> None: ...
+
+    def snapshot(self, digest: str) -> None:
+        """Have one replica write down the state of now, on whose digest all agree, for others to
+        start from. Where it cannot, the user is told, once."""
 
     def close(self) -> None: ...
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from orchestrator import answers, cache_check, checkpoint, noise, rewards, tasks
+from orchestrator import answers, cache_check, checkpoint, noise, rewards, snapshot_folder, tasks
 from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError
 from orchestrator.encoder import Encoder, Encoding, Prompt
@@ -39,6 +39,7 @@ from orchestrator.rewards import Judged, RewardPool
 from orchestrator.runner import ALONE, World
 from orchestrator.sampling import Continuation, Sampling, remembering
 from orchestrator.score_plan import ScorePlan, Scores, SpanScore
+from orchestrator.snapshots import Snapshots
 from orchestrator.spaces import SpacePlan
 
 RECORDED_PACKAGES = ("sglang", "torch", "transformers", "ray", "numpy")
@@ -59,11 +60,15 @@ class Batch:
 class Replica:
     """Engine, space and task of one replica."""
 
-    def __init__(self, config: Config, device: str, world: World = ALONE) -> None:
+    def __init__(
+        self, config: Config, device: str, world: World = ALONE, marks: bytes = b""
+    ) -> None:
         """Load everything. `device` is "cpu" or "cuda". Raises ConfigError for what is missing.
 
         With a `world` of several ranks this is one rank's part of the replica: all ranks get the
-        same calls, and rank 0's answers count.
+        same calls, and rank 0's answers count. `marks` are of updates that are there already, see
+        records.UpdateLog: the replica then starts from the newest snapshot that it finds of them,
+        see `num_applied`.
         """
         self._task, self._run_seed = config.task, config.run.seed
         self._folder = folder = checkpoint.locate(config.model.path)
@@ -111,7 +116,6 @@ class Replica:
         self._verify_every = config.run.verify_cache
         self._num_probes = 0
         self._latest: list[Batch] = []
-        self._next_step = 0
         self._trains_weights = config.space.kind in ("dense", "low_rank")
         self._weights_hash = checkpoint.weights_hash(folder)
         self.info = ReplicaInfo(
@@ -122,6 +126,17 @@ class Replica:
             device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
             versions=tuple((name, importlib.metadata.version(name)) for name in RECORDED_PACKAGES),
         )
+        self._snapshots: Snapshots | None = None
+        self._next_step = 0
+        if config.run.snapshot_every and config.run.dir is not None:
+            folder = Path(config.run.dir) / snapshot_folder.FOLDER
+            self._snapshots = Snapshots(folder, self.info.weights_hash, config.meaning())
+            self._next_step = self._snapshots.restore(self.space, marks)
+
+    @property
+    def num_applied(self) -> int:
+        """Updates, from the first on, that have led to the state of now."""
+        return self._next_step
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._tokenizer(texts)["input_ids"]
@@ -377,6 +392,20 @@ class Replica:
         """Checksum of the trained state that the updates lead to."""
         self._catch_up(updates)
         return self.space.digest()
+
+    def snapshot(self, updates: Sequence[StepUpdate], mark: bytes, digest: str) -> str:
+        """Write down what the updates lead to. `mark` is theirs; `digest` is the replicas' own.
+
+        Returns what is wrong where it cannot be written, else nothing.
+        """
+        self._catch_up(updates)
+        if self._snapshots is None:
+            return ""
+        try:
+            self._snapshots.write(self.space, self._next_step, mark, digest)
+        except OSError as error:
+            return f"{self._snapshots.folder}: no snapshot can be written: {error.strerror}"
+        return ""
 
     def export(self, updates: Sequence[StepUpdate], folder: Path) -> None:
         """Write what the updates lead to where others can load it."""

@@ -83,9 +83,9 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
             "model.path, model.device, space.init, task.train, task.test, task.label_names, "
             "task.unconditional, task.reward.path, task.reward.timeout, task.reward.workers, "
             "task.reward.environment, fleet.kind, fleet.num_replicas, fleet.gpus_per_replica, "
-            "run.eval_every, "
-            "run.eval_examples, run.check_every, run.verify_cache and, with "
-            "model.score_graphs=false, space.master between float32 and host"
+            "run.eval_every, run.eval_examples, run.check_every, run.snapshot_every, "
+            "run.verify_cache and, with model.score_graphs=false, space.master between float32 "
+            "and host"
         )
     run = _checked(load(path, overrides), folder)
     if run.ledger_path.exists():
@@ -103,7 +103,7 @@ def branch(folder: Path, new_folder: Path, overrides: Sequence[str]) -> Run:
         raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
     if new_folder.exists():
         raise ConfigError(f"{new_folder}: exists already; name a folder that is to be made")
-    culprit = _culprit(path, overrides, _meaning)
+    culprit = _culprit(path, overrides, Config.meaning)
     if culprit is not None:
         raise ConfigError(
             f"{culprit}: the steps that a fork takes over depend on this key; space (but for "
@@ -123,16 +123,6 @@ def _culprit(path: Path, overrides: Sequence[str], kept: Callable[[Config], obje
             if kept(load(path, [override])) != recorded:
                 return override
     return " ".join(overrides)
-
-
-def _meaning(config: Config) -> tuple[object, ...]:
-    """What a ledger's seeds and coefficients lead to depends on these keys, and no others."""
-    space = config.space.model_dump(mode="json", exclude={"slots", "init"})
-    if space["master"] == "host":  # the bits are those of float32
-        space["master"] = "float32"
-    drawn_from = None if config.space.kind == "dense" else config.run.seed
-    estimator = config.estimator
-    return space, estimator.noise, estimator.decay_towards, drawn_from
 
 
 def _checked(config: Config, folder: Path) -> Run:

@@ -19,7 +19,7 @@ from orchestrator.driver import Driver
 from orchestrator.evaluate import measured, scores_of, share_computed, write_scores
 from orchestrator.metrics import Evaluation, KvUse, Records, StepMetrics, Summary
 from orchestrator.progress import Display
-from orchestrator.records import Fleet, ReplicaInfo
+from orchestrator.records import Fleet, ReplicaInfo, StepUpdate
 from orchestrator.run_folder import Run
 from orchestrator.seed_sync import Ledger
 
@@ -49,7 +49,7 @@ def _train(run: Run, display: Display) -> None:
     started = time.monotonic()
     steps, num_held_out = run.config.run.steps, len(run.data.test)
     with (
-        fleets.started(run, run.log_path, display.say) as (fleet, info),
+        fleets.started(run, run.log_path, display.say, _past(run)) as (fleet, info),
         run_folder.opened_ledger(run, info, display.say) as ledger,
         _closing(Records(run.folder)) as records,
     ):
@@ -124,7 +124,8 @@ def evaluate(
     log = out.with_suffix(".log")
     output.divert(log)
     display = Display(output.terminal(), run.config.run.steps)
-    with fleets.started(run, log.absolute(), display.say) as (fleet, info):
+    past = _past(run, num_steps) if trained else ()
+    with fleets.started(run, log.absolute(), display.say, past) as (fleet, info):
         if trained:
             _replay(run, info, fleet, num_steps)
         if linear_probe:
@@ -196,7 +197,7 @@ def export(run: Run, folder: Path, at: At | None = None) -> None:
     output.divert(log)
     display = Display(output.terminal(), run.config.run.steps)
     run = fleets.with_one_replica(run)
-    with fleets.started(run, log, display.say) as (fleet, info):
+    with fleets.started(run, log, display.say, _past(run, num_steps)) as (fleet, info):
         _replay(run, info, fleet, num_steps)
         fleet.export(folder)
     display.say(f"what {num_steps} steps have trained: {folder}")
@@ -264,6 +265,14 @@ def _num_steps(run: Run, at: At | None) -> int:
     if at > last:
         raise ConfigError(f"--at {at}: {run.ledger_path} has {last} steps; name one of 0 to {last}")
     return at
+
+
+def _past(run: Run, num_steps: int | None = None) -> Iterator[StepUpdate]:
+    """The first updates of the run, or all, where there may be a snapshot of them."""
+    if run.config.run.snapshot_every and run.ledger_path.exists():
+        _, records = Ledger.read(run.ledger_path)
+        for record in itertools.islice(records, num_steps):
+            yield record.update()
 
 
 def _replay(run: Run, info: ReplicaInfo, fleet: Fleet, num_steps: int) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-State = Literal["placing", "loading", "catching up", "ready", "empty"]
+State = Literal["placing", "loading", "catching up", "ready", "writing", "empty"]
+"""writing: lent by the dispatcher, while it writes a snapshot."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +29,7 @@ class Seat:
     failures: int = 0
     """Actors that were lost since one last answered a task."""
     num_applied: int = 0
-    """Updates that the actor was sent."""
+    """Updates that the actor was sent, or found in a snapshot."""
     calls: list[Any] = field(default_factory=list)
     """The call under way, or the last one, by rank."""
     answer: Any = None

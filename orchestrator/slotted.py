@@ -58,6 +58,10 @@ class SlottedSpace:
     def num_parameters(self) -> int:
         return self.trained.num_parameters
 
+    @property
+    def parts(self) -> list[Trained]:
+        return [self.trained]
+
     def placed(self, probes: Sequence[Probe]) -> Groups:
         self.settle()
         size = len(self._probe_slots)
@@ -92,10 +96,7 @@ class SlottedSpace:
 
     def values(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What is trained: canonical name, whole float32 tensor on the CPU."""
-        self.settle()
-        return space.assembled(
-            (tensor.region.name, tensor.shard, tensor.master) for tensor in self.trained.tensors
-        )
+        return self.trained.values()
 
 
 def _trained(tensor: SlottedTensor) -> TrainedTensor:

@@ -5,7 +5,7 @@ tensor-parallel ranks. How they are perturbed is each space's own.
 """
 
 import hashlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +33,8 @@ class Placed:
 MAX_WAITING_SEEDS = 256
 
 Groups = Generator[list[Placed], None, None]
+Read = Callable[[str], torch.Tensor]
+"""A whole tensor, on the CPU, by its canonical name."""
 
 
 class Space(Protocol):
@@ -48,6 +50,10 @@ class Space(Protocol):
     @property
     def num_parameters(self) -> int:
         """Trained elements, over all ranks."""
+
+    @property
+    def parts(self) -> "Sequence[Trained]":
+        """All that is trained, in the order of the digest."""
 
     def placed(self, probes: Sequence[Probe]) -> Groups:
         """The probes in groups; those of a group can be evaluated together, until the next.
@@ -78,6 +84,21 @@ class TrainedTensor:
     """On the meta device where a table of its own keeps the values."""
     live: torch.Tensor
 
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This process's part of the whole tensor, contiguous, as [rows, columns]."""
+        cells = whole.view(-1, self.shard.full_columns)[self.shard.cells]
+        return cells.reshape(self.live.shape).contiguous()
+
+
+class KeepingTable(Table, Protocol):
+    """A table that keeps the masters itself."""
+
+    def read(self, index: int) -> torch.Tensor:
+        """A slice's master: [rows, columns], a copy on the CPU."""
+
+    def write(self, index: int, values: torch.Tensor) -> None:
+        """Put values, of that shape, in its place."""
+
 
 class Trained:
     """Trained tensors that are swept together, and what they are yet to become.
@@ -96,7 +117,7 @@ class Trained:
         self,
         tensors: Sequence[TrainedTensor],
         noise: NoiseKind,
-        own_table: Table | None = None,
+        own_table: KeepingTable | None = None,
         *,
         anchored: bool = False,
     ) -> None:
@@ -104,6 +125,7 @@ class Trained:
         anchored, masters must be float32, and no table's own."""
         self.tensors = list(tensors)
         self._noise = noise
+        self._keeper = own_table
         self._table = own_table or table(
             [Slice(part.region, part.master, part.live) for part in tensors]
         )
@@ -113,6 +135,10 @@ class Trained:
         self._waiting: list[StepUpdate] = []
         self._is_settled = False
         self.settle()
+
+    @property
+    def is_anchored(self) -> bool:
+        return bool(self._anchors)
 
     @property
     def num_parameters(self) -> int:
@@ -162,16 +188,20 @@ class Trained:
             part.master.sub_(anchor).mul_(update.decay).add_(anchor)
         return replace(update, decay=1.0)
 
-    def apply_low_rank(self, factors: Sequence[Factors], update: StepUpdate) -> None:
-        """Take a step along low-rank noise, one pair of factors a tensor."""
+    def apply_low_rank(self, factors: Sequence[Factors], updates: Sequence[StepUpdate]) -> None:
+        """Take steps along low-rank noise, one pair of factors a tensor; if anchored, one step."""
+        assert not self.is_anchored or len(updates) == 1
         self.settle()
-        self._table.low_rank_update(factors, self._drawn_back(update))
+        self._table.low_rank_update(factors, [self._drawn_back(update) for update in updates])
 
     def checksums(self, *, live: bool = False) -> list[str]:
         """A line a tensor: its name and a checksum of its master, or of what live holds now."""
         if not live:
             self.settle()
-        own = self._table.digests(live=live)
+        return self.lines(self._table.digests(live=live))
+
+    def lines(self, own: Sequence[int]) -> list[str]:
+        """A line a tensor: its name and its checksum, out of the ranks' own checksums."""
         counted = [
             checksum if part.shard.counted else 0
             for checksum, part in zip(own, self.tensors, strict=True)
@@ -186,6 +216,36 @@ class Trained:
     def digest(self, *, live: bool = False) -> str:
         """Checksum (128 bits, hex) of the masters, or of what live holds now, over all ranks."""
         return digest(self.checksums(live=live))
+
+    # ---------------------------------------------------------------- values from elsewhere
+
+    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The masters, one after the other: canonical name, whole tensor. See `assembled`."""
+        self.settle()
+        read = self._keeper.read if self._keeper else lambda index: self.tensors[index].master
+        return assembled(
+            (part.region.name, part.shard, read(index)) for index, part in enumerate(self.tensors)
+        )
+
+    def checksums_of(self, read: Read) -> list[int]:
+        """This rank's own checksums of other values for the masters."""
+        sums = []
+        for part in self.tensors:
+            value = part.of(read(part.region.name))
+            sums += sweeps_numba.Table([Slice(part.region, value, value)]).digests()
+        return sums
+
+    def put(self, read: Read) -> None:
+        """Have other values in the masters' place. Anchors stay what they are."""
+        assert not self._waiting
+        for index, part in enumerate(self.tensors):
+            value = part.of(read(part.region.name))
+            if self._keeper:
+                self._keeper.write(index, value)
+            else:
+                part.master.copy_(value)
+        self._is_settled = False
+        self.settle()
 
 
 def _anchor(master: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,9 @@ enum Format { NOTHING, FLOAT32, BFLOAT16, FLOAT16, FACTOR };
 // WARPS, ROUNDS       of a program, and tiles of a warp
 // CHUNKS              eights of elements that a lane holds, were there 32 lanes
 // RESIDENT            programs that a multiprocessor has room for, at least
-// RANK, ONE_DRAW      of low-rank noise: its rank, and whether there is one draw
-// DECAYS              whether the only step multiplies its masters by anything but 1
+// RANK                of low-rank noise
+// ONE_STEP, ONE_DRAW  of low-rank noise: whether there is one step, and whether it has one draw
+// DECAYS              whether any step multiplies its masters by anything but 1
 // ROWS_A_TILE         of low-rank noise
 // TILES_ACROSS        tiles of low-rank noise that lie side by side; 0 for a whole row
 // DIGEST_LIVE         whether to digest live values
@@ -53,7 +54,7 @@ struct Draw {
 struct Step {
     u64 number;
     float decay;
-    int unused;
+    int end;  // the number of draws up to its last
 };
 
 // ---------------------------------------------------------------- eights in memory
@@ -501,14 +502,44 @@ KERNEL update_once(
     }
 }
 
-// Takes a step along low-rank noise. A tile is ROWS_A_TILE rows of 256 columns: what a lane reads
-// of a right factor serves all of them. Tiles lie side by side in bands, as in memory, and a band's
-// rows of tiles below each other: right factors stay in the cache.
+// Adds coefficient * products of the i-th draw's factors: eights of rows that lie below each other.
+FUNCTION void add_products(
+    const Slice* slice, int i, i64 first_row, const Eight (&eight)[ROWS_A_TILE], float coefficient,
+    float (&sum)[ROWS_A_TILE][EIGHT]
+) {
+    i64 rows = slice->rows, columns = slice->columns;
+    const u8* left = in_global_memory(slice->left) + (i64(i) * rows + first_row) * RANK;
+    const u8* right = in_global_memory(slice->right) + i64(i) * RANK * columns;
+    u32 u[ROWS_A_TILE][WORDS], v[WORDS][EIGHT];
+#pragma unroll
+    for (int r = 0; r < ROWS_A_TILE; ++r)
+        if (eight[r].columns) load_left(left + r * RANK, u[r]);
+#pragma unroll
+    for (int r = 0; r < ROWS_A_TILE; ++r) {
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w)
+            if (r == 0 || !ALIGNED) load_right(right, columns, 4 * w, eight[r], v[w]);
+#pragma unroll
+        for (int j = 0; j < EIGHT; ++j) {
+            int whole = WHOLE_BITS;
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) whole = dot(u[r][w], v[w][j], whole);
+            float products = as_float(u32(whole)) - as_float(WHOLE_BITS);
+            sum[r][j] = sum[r][j] + coefficient * products;
+        }
+    }
+}
+
+// Takes steps along low-rank noise, one after the other. A tile is ROWS_A_TILE rows of 256 columns:
+// what a lane reads of a right factor serves all of them. Tiles lie side by side in bands, as in
+// memory, and a band's rows of tiles below each other: right factors stay in the cache.
 KERNEL low_rank_update(
     const Slice* __restrict__ slices,
     const int* __restrict__ owners,
     const Draw* __restrict__ draws,
+    const Step* __restrict__ steps,
     int num_draws,
+    int num_steps,
     const Once once
 ) {
     const Slice* slice = slices + owners[this_program()];
@@ -541,40 +572,30 @@ KERNEL low_rank_update(
                                    : (row_index + u64(column)) / EIGHT;
                 load<STORED>(row_of(masters, STORED, r * columns), eight[r], value[r]);
             }
-            begin(sum);
-            for (int i = 0; i < (ONE_DRAW ? 1 : num_draws); ++i) {
-                const u8* left = in_global_memory(slice->left) + (i64(i) * rows + first_row) * RANK;
-                const u8* right = in_global_memory(slice->right) + i64(i) * RANK * columns;
-                float coefficient = ONE_DRAW ? once.coefficient : draws[i].coefficient;
-                u32 u[ROWS_A_TILE][WORDS], v[WORDS][EIGHT];
-#pragma unroll
-                for (int r = 0; r < ROWS_A_TILE; ++r)
-                    if (eight[r].columns) load_left(left + r * RANK, u[r]);
+            int i = 0;
+            for (int step = 0; step < (ONE_STEP ? 1 : num_steps); ++step) {
+                begin(sum);
+                int end = ONE_DRAW ? 1 : ONE_STEP ? num_draws : steps[step].end;
+                for (; i < end; ++i) {
+                    float coefficient = ONE_DRAW ? once.coefficient : draws[i].coefficient;
+                    add_products(slice, i, first_row, eight, coefficient, sum);
+                }
+                float decay = ONE_STEP ? once.decay : steps[step].decay;
 #pragma unroll
                 for (int r = 0; r < ROWS_A_TILE; ++r) {
 #pragma unroll
-                    for (int w = 0; w < WORDS; ++w)
-                        if (r == 0 || !ALIGNED) load_right(right, columns, 4 * w, eight[r], v[w]);
-#pragma unroll
                     for (int j = 0; j < EIGHT; ++j) {
-                        int whole = WHOLE_BITS;
-#pragma unroll
-                        for (int w = 0; w < WORDS; ++w) whole = dot(u[r][w], v[w][j], whole);
-                        float products = as_float(u32(whole)) - as_float(WHOLE_BITS);
-                        sum[r][j] = sum[r][j] + coefficient * products;
+                        float kept = DECAYS ? value[r][j] * decay : value[r][j];
+                        value[r][j] = kept + sum[r][j];
                     }
                 }
-            }
-#pragma unroll
-            for (int r = 0; r < ROWS_A_TILE; ++r) {
-#pragma unroll
-                for (int j = 0; j < EIGHT; ++j) {
-                    float kept = DECAYS ? value[r][j] * once.decay : value[r][j];
-                    value[r][j] = kept + sum[r][j];
+                if constexpr (STORED == BFLOAT16 && ONE_STEP)
+                    round_stochastically(value, block, u32(slice->name_word), once.step);
+                else if constexpr (STORED == BFLOAT16) {
+                    Keys keys = keys_of(steps[step].number);
+                    round_stochastically(value, block, u32(slice->name_word), keys);
                 }
             }
-            if constexpr (STORED == BFLOAT16)
-                round_stochastically(value, block, u32(slice->name_word), once.step);
 #pragma unroll
             for (int r = 0; r < ROWS_A_TILE; ++r) {
                 store<STORED, false>(row_of(masters, STORED, r * columns), eight[r], value[r]);

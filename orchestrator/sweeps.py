@@ -41,7 +41,10 @@ class Draw(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Low-rank noise of one slice for several seeds, int8 in 1 / 32, contiguous, on its device."""
+    """Low-rank noise of one slice for several seeds, int8 in 1 / 32, contiguous, on its device.
+
+    Of several steps: those of the first step's seeds, then those of the next one's, and so on.
+    """
 
     left: torch.Tensor
     """[seeds, rows, rank]."""
@@ -70,10 +73,10 @@ class Table(Protocol):
         for unequal numbers of seeds and coefficients, or a slice without a master.
         """
 
-    def low_rank_update(self, factors: Sequence[Factors], update: StepUpdate) -> None:
-        """Take a step along noise.low_rank of each slice's factors, and write live.
+    def low_rank_update(self, factors: Sequence[Factors], updates: Sequence[StepUpdate]) -> None:
+        """Take steps along noise.low_rank of each slice's factors, and write live.
 
-        Its coefficients are noise.low_rank_coefficient's. All else is as in `update`. Raises
+        Their coefficients are noise.low_rank_coefficient's. All else is as in `update`. Raises
         ValueError for factors that do not fit.
         """
 

@@ -50,7 +50,7 @@ LANES = 32
 EIGHT = 8  # elements that a lane holds at a time; their 16-bit values fill a vector
 VECTOR_BYTES = 16
 DRAW = np.dtype([("seed", "u8"), ("coefficient", "f4"), ("closing", "i4")])
-STEP = np.dtype([("number", "u8"), ("decay", "f4"), ("unused", "i4")])
+STEP = np.dtype([("number", "u8"), ("decay", "f4"), ("end", "i4")])
 FORMATS = {
     None: "NOTHING",
     torch.float32: "FLOAT32",
@@ -241,33 +241,44 @@ class Table:
                 launched.run("update_once", once, looked_up)
             return
         thens = [] if then is None else [then]
-        numbers = self._numbers([*draws, *thens], updates)
+        numbers = self._numbers([*draws, *thens], updates, _closings(updates))
         steps = numbers.data_ptr() + DRAW.itemsize * (len(draws) + len(thens))
         counts = ctypes.c_int32(len(draws)), ctypes.c_int32(len(thens))
         for launched in self._cut(UPDATE[kind], GAUSSIAN=int(kind != "rademacher")):
             launched.run("update", numbers.data_ptr(), steps, *counts, looked_up)
 
-    def low_rank_update(self, factors: Sequence[Factors], update: StepUpdate) -> None:
-        check_counts([update])
+    def low_rank_update(self, factors: Sequence[Factors], updates: Sequence[StepUpdate]) -> None:
+        check_counts(updates)
+        pairs = [
+            pair
+            for update in updates
+            for pair in zip(update.seeds, update.coefficients, strict=True)
+        ]
         stored = masters(self._slices)
-        for master, pair in zip(stored, factors, strict=True):
-            check_factors(master, pair, len(update.seeds))
-        ranks = {pair.left.shape[2] for pair in factors}
+        for master, held in zip(stored, factors, strict=True):
+            check_factors(master, held, len(pairs))
+        ranks = {held.left.shape[2] for held in factors}
         if len(ranks) > 1:
             raise ValueError(f"factors of several ranks: {sorted(ranks)}")
-        for rank in ranks:
+        for rank in ranks if updates else ():
             units = FACTOR_UNITS**2  # of products, as the kernel has them
             draws = [
                 Draw(seed, float(low_rank_coefficient(value, rank)) / units)
-                for seed, value in zip(update.seeds, update.coefficients, strict=True)
+                for seed, value in pairs
             ]
-            numbers, count = self._numbers(draws, []), ctypes.c_int32(len(draws))
-            once = Once(update, draws[0] if draws else Draw(0, 0.0), None)
-            macros = {"RANK": rank, "ONE_DRAW": int(len(draws) == 1)}
-            tiling = LOW_RANK[stored[0].dtype]
-            for launched in self._cut(tiling, DECAYS=int(update.decay != 1), **macros):
+            numbers = self._numbers(draws, updates)
+            steps = numbers.data_ptr() + DRAW.itemsize * len(draws)
+            counts = ctypes.c_int32(len(draws)), ctypes.c_int32(len(updates))
+            once = Once(updates[0], draws[0] if draws else Draw(0, 0.0), None)
+            macros = {
+                "RANK": rank,
+                "ONE_STEP": int(len(updates) == 1),
+                "ONE_DRAW": int(len(updates) == len(draws) == 1),
+                "DECAYS": int(any(update.decay != 1 for update in updates)),
+            }
+            for launched in self._cut(LOW_RANK[stored[0].dtype], **macros):
                 self._point_at(launched, factors)
-                launched.run("low_rank_update", numbers.data_ptr(), count, once)
+                launched.run("low_rank_update", numbers.data_ptr(), steps, *counts, once)
 
     def digests(self, *, live: bool = False) -> list[int]:
         if not live:
@@ -314,15 +325,18 @@ class Table:
         described = _sent(np.array(rows, np.int64), self._device)
         return Launch(kernels, tuple(indices), described, _sent(owners, self._device))
 
-    def _numbers(self, draws: Sequence[Draw], updates: Sequence[StepUpdate]) -> torch.Tensor:
-        """The draws, then the updates' steps, as the kernels read them: uint8, in one transfer."""
+    def _numbers(
+        self, draws: Sequence[Draw], updates: Sequence[StepUpdate], closings: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """The draws, of which the first close steps, then the updates' steps, as the kernels read
+        them: uint8, in one transfer."""
         drawn, steps = np.zeros(len(draws), DRAW), np.zeros(len(updates), STEP)
         drawn["seed"] = [draw.seed for draw in draws]
         drawn["coefficient"] = [draw.coefficient for draw in draws]
-        closings = _closings(updates)
         drawn["closing"][: len(closings)] = closings
         steps["number"] = [update.step for update in updates]
         steps["decay"] = [update.decay for update in updates]
+        steps["end"] = np.cumsum([len(update.seeds) for update in updates])
         return _sent(np.frombuffer(drawn.tobytes() + steps.tobytes(), np.uint8), self._device)
 
 
@@ -394,6 +408,7 @@ def _macros(tiling: Tiling, variant: Variant, others: dict[str, int]) -> Macros:
         "GAUSSIAN": 1,
         "RANK": 1,
         "TILES_ACROSS": tiling.across,
+        "ONE_STEP": 0,
         "ONE_DRAW": 0,
         "DECAYS": 1,
         "DIGEST_LIVE": 0,

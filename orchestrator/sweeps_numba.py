@@ -92,6 +92,15 @@ class Source(NamedTuple):
     magnitude_bits: NDArray[np.uint32]
 
 
+class Steps(NamedTuple):
+    """Steps that follow each other: where in the list of all seeds each one's end, by what each
+    multiplies the masters, and with which key it rounds them."""
+
+    ends: NDArray[np.int64]
+    decays: NDArray[np.float32]
+    rounding_keys: NDArray[np.uint32]
+
+
 class Table:
     """See sweeps.Table."""
 
@@ -114,20 +123,21 @@ class Table:
     ) -> None:
         check_counts(updates)
         for part, master in zip(self._slices, masters(self._slices), strict=True):
-            for update in updates:
-                _update_slice(kind, part, master, update)
+            if updates:
+                _update_slice(kind, part, master, updates)
             if then is not None:
                 _perturb_slice(kind, part, master, then)
             elif not updates:
                 part.live.copy_(master)
 
-    def low_rank_update(self, factors: Sequence[Factors], update: StepUpdate) -> None:
-        check_counts([update])
+    def low_rank_update(self, factors: Sequence[Factors], updates: Sequence[StepUpdate]) -> None:
+        check_counts(updates)
         all_masters = masters(self._slices)
+        num_seeds = sum(len(update.seeds) for update in updates)
         for master, pair in zip(all_masters, factors, strict=True):
-            check_factors(master, pair, len(update.seeds))
+            check_factors(master, pair, num_seeds)
         for part, master, pair in zip(self._slices, all_masters, factors, strict=True):
-            _update_slice_by_factors(part, master, pair, update)
+            _update_slice_by_factors(part, master, pair, updates)
 
     def digests(self, *, live: bool = False) -> list[int]:
         values = [part.live for part in self._slices] if live else masters(self._slices)
@@ -149,22 +159,24 @@ def _perturb_slice(kind: NoiseKind, part: Slice, master: torch.Tensor, draw: Dra
         )
 
 
-def _update_slice(kind: NoiseKind, part: Slice, master: torch.Tensor, update: StepUpdate) -> None:
+def _update_slice(
+    kind: NoiseKind, part: Slice, master: torch.Tensor, updates: Sequence[StepUpdate]
+) -> None:
+    coefficients = [value for update in updates for value in update.coefficients]
     with _writable(part.live) as target:
         _update(
             _patterns(master),
             _patterns(target),
             _frame(target, part.region),
             _source(kind, part.region),
-            _keys(update.seeds),
-            np.array(update.coefficients, np.float32),
-            np.float32(update.decay),
-            _keys([update.step])[0],
+            _keys([seed for update in updates for seed in update.seeds]),
+            np.array(coefficients, np.float32),
+            _steps(updates),
         )
 
 
 def _update_slice_by_factors(
-    part: Slice, master: torch.Tensor, factors: Factors, update: StepUpdate
+    part: Slice, master: torch.Tensor, factors: Factors, updates: Sequence[StepUpdate]
 ) -> None:
     with _writable(part.live) as target:
         _low_rank_update(
@@ -173,10 +185,9 @@ def _update_slice_by_factors(
             _frame(target, part.region),
             factors.left.float().numpy(),  # whole numbers, as are their sums: exact in any order
             factors.right.float().numpy(),
-            _low_rank_coefficients(update, factors.left.shape[2]),
-            np.float32(update.decay),
+            _low_rank_coefficients(updates, factors.left.shape[2]),
+            _steps(updates),
             np.uint32(tensor_word(part.region.name)),
-            _keys([update.step])[0],
         )
 
 
@@ -213,11 +224,19 @@ def _source(kind: NoiseKind, region: TensorRegion) -> Source:
     return Source(kind != "rademacher", np.uint32(tensor_word(region.name)), magnitude_bits)
 
 
-def _low_rank_coefficients(update: StepUpdate, rank: int) -> NDArray[np.float32]:
+def _low_rank_coefficients(updates: Sequence[StepUpdate], rank: int) -> NDArray[np.float32]:
     """Of products of factors in their units: powers of two apart from noise's, so as exact."""
     units = np.float32(FACTOR_UNITS**2)
-    folded = [low_rank_coefficient(value, rank) / units for value in update.coefficients]
-    return np.array(folded, np.float32)
+    given = [value for update in updates for value in update.coefficients]
+    return np.array([low_rank_coefficient(value, rank) / units for value in given], np.float32)
+
+
+def _steps(updates: Sequence[StepUpdate]) -> Steps:
+    return Steps(
+        np.cumsum([len(update.seeds) for update in updates], dtype=np.int64),
+        np.array([update.decay for update in updates], np.float32),
+        _keys([update.step for update in updates]),
+    )
 
 
 def _keys(seeds: Sequence[int]) -> NDArray[np.uint32]:
@@ -255,8 +274,7 @@ def _update(
     source: Source,
     keys: NDArray[np.uint32],
     coefficients: NDArray[np.float32],
-    decay: np.float32,
-    rounding_key: NDArray[np.uint32],
+    steps: Steps,
 ) -> None:
     tiles = _tile_count(frame)
     for part in prange(frame.ranges):
@@ -266,16 +284,20 @@ def _update(
         for tile in range(tiles * part // frame.ranges, tiles * (part + 1) // frame.ranges):
             row, column, count = _tile(frame, tile)
             index = _global_index(frame, row, column)
-            _begin(total)
-            for i in range(len(keys)):
-                z = _draw(noise, words, source, keys[i], index, count)
-                _accumulate(total[:count], z, coefficients[i])
             there = row * frame.columns + column
             here = row * frame.memory_stride + column
             old = master[there : there + count]
             new = live[here : here + count]
-            bits = _draw_rounding(words, old, source.name_word, rounding_key, index)
-            _update_tile(old, new, total, decay, bits)
+            first = 0
+            for step in range(len(steps.ends)):
+                _begin(total)
+                for i in range(first, steps.ends[step]):
+                    z = _draw(noise, words, source, keys[i], index, count)
+                    _accumulate(total[:count], z, coefficients[i])
+                first = steps.ends[step]
+                rounding_key = steps.rounding_keys[step]
+                bits = _draw_rounding(words, old, source.name_word, rounding_key, index)
+                _update_tile(old, new, total, steps.decays[step], bits)
 
 
 @compiled_parallel
@@ -286,9 +308,8 @@ def _low_rank_update(
     left: NDArray[np.float32],
     right: NDArray[np.float32],
     coefficients: NDArray[np.float32],
-    decay: np.float32,
+    steps: Steps,
     name_word: np.uint32,
-    rounding_key: NDArray[np.uint32],
 ) -> None:
     blocks = _block_count(frame)
     for part in prange(frame.ranges):
@@ -298,21 +319,25 @@ def _low_rank_update(
         for block in range(blocks * part // frame.ranges, blocks * (part + 1) // frame.ranges):
             first_row, rows, column, count = _block(frame, block)
             z = noise[:count]
-            for i in range(rows):
-                _begin(totals[i])
-            for seed in range(len(coefficients)):
+            first = 0
+            for step in range(len(steps.ends)):
                 for i in range(rows):
-                    _multiply(z, left[seed, first_row + i], right[seed], column)
-                    _accumulate(totals[i], z, coefficients[seed])
-            for i in range(rows):
-                row = first_row + i
-                there = row * frame.columns + column
-                here = row * frame.memory_stride + column
-                old = master[there : there + count]
-                new = live[here : here + count]
-                index = _global_index(frame, row, column)
-                bits = _draw_rounding(words, old, name_word, rounding_key, index)
-                _update_tile(old, new, totals[i], decay, bits)
+                    _begin(totals[i])
+                for seed in range(first, steps.ends[step]):
+                    for i in range(rows):
+                        _multiply(z, left[seed, first_row + i], right[seed], column)
+                        _accumulate(totals[i], z, coefficients[seed])
+                first = steps.ends[step]
+                for i in range(rows):
+                    row = first_row + i
+                    there = row * frame.columns + column
+                    here = row * frame.memory_stride + column
+                    old = master[there : there + count]
+                    new = live[here : here + count]
+                    index = _global_index(frame, row, column)
+                    rounding_key = steps.rounding_keys[step]
+                    bits = _draw_rounding(words, old, name_word, rounding_key, index)
+                    _update_tile(old, new, totals[i], steps.decays[step], bits)
 
 
 @compiled_parallel

@@ -15,6 +15,7 @@ from bare import adapter_runner, last_logits
 from conftest import DEVICE, VOCABULARY, recorded
 from sglang.srt.distributed import parallel_state
 
+from orchestrator import snapshot_folder
 from orchestrator.adapters import AdapterPlan
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.dense import DenseSpace
@@ -25,9 +26,10 @@ from orchestrator.low_rank import LowRankSpace
 from orchestrator.parameters import canonical_tensors
 from orchestrator.prefix import PrefixSpace
 from orchestrator.prefix_slots import PrefixPlan
-from orchestrator.records import Probe, StepUpdate
+from orchestrator.records import MARK_SIZE, Probe, StepUpdate
 from orchestrator.runner import World, gather_from_ranks
 from orchestrator.sampling import Sampling
+from orchestrator.snapshots import Snapshots
 
 FAMILIES = ["opt", "opt-350m", "opt-untied", "llama", "qwen3"]
 SLOT_FAMILIES = ["opt", "llama"]
@@ -70,7 +72,15 @@ def observe(family: str, models: Path, exported: Path, world: World) -> dict[str
         seen[f"{master} weights"] = weights
         exported.mkdir(exist_ok=True)
         write_model(folder, exported / f"{family}-{master}", weights.items())
+        snapshots = Snapshots(exported / f"{family}-{master}-snapshots", family)
+        snapshots.write(space, 1, bytes(MARK_SIZE), space.digest())
+        space.digest()  # all ranks wait for the first
         for tensor in tensors:  # as the next space expects it
+            tensor.live.copy_(tensor.initial)
+        fresh = DenseSpace(tensors, noise="gaussian", master_dtype=dtype)
+        seen[f"{master} restored"] = [snapshots.restore(fresh, bytes(MARK_SIZE)), fresh.digest()]
+        seen[f"{master} snapshot"] = snapshot_folder.path_of(snapshots.folder, 1).read_bytes()
+        for tensor in tensors:
             tensor.live.copy_(tensor.initial)
     anchored = DenseSpace(tensors, noise="gaussian", master_dtype=torch.float32, anchored=True)
     anchored.apply(UPDATE)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from orchestrator import noise
+from orchestrator import low_rank, noise
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
@@ -172,6 +173,57 @@ def test_low_rank_probes_equal_explicit_weights(
     assert sizes == [4, 2]
     assert space.live_digest() == before
     assert sums(engine, [space.adapter]) == [pytest.approx(reference_sums(base), abs=1e-4)]
+
+
+@pytest.mark.parametrize(
+    ("others", "dtype", "master", "refresh"),
+    [("frozen", "float32", "float32", 1), ("dense", "bfloat16", "bfloat16", 4)],
+)
+def test_a_replay_of_low_rank_steps_takes_many_in_a_pass(
+    others: str,
+    dtype: str,
+    master: str,
+    refresh: int,
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the same bits as one by one, and probes of a state that waits are those of the state."""
+    monkeypatch.setattr(low_rank, "MASTERS_OVER_FACTORS", 1)
+    choices = {"others": others, "master": master, "refresh": refresh}
+    found, passes = [], []
+    for is_fused in (False, True):
+        engine, space = make("llama", dtype, kind="low_rank", rank=2, slots=2, **choices)
+        assert isinstance(space, LowRankSpace)
+        table = space._trained._table
+        sweep = table.low_rank_update
+        taken: list[int] = []
+
+        def counted(
+            factors: Any,
+            updates: Sequence[StepUpdate],
+            sweep: Any = sweep,
+            taken: list[int] = taken,
+        ) -> None:
+            taken.append(len(updates))
+            sweep(factors, updates)
+
+        monkeypatch.setattr(table, "low_rank_update", counted)
+        seen: list[Any] = []
+        for step in range(12):
+            number = (1, 2, 0, 3)[step % 4]
+            seeds = tuple(range(10 * step, 10 * step + number))
+            space.apply(StepUpdate(step, seeds, (0.05, -0.1, 0.2)[:number], 0.99))
+            if not is_fused:
+                space.settle()
+            if step == 9:
+                with closing(space.placed(probes(1, step=10))) as groups:
+                    for group in groups:
+                        seen.append(sums(engine, [placed.adapter for placed in group]))
+        seen += [space.digest(), space.live_digest()]
+        found.append(seen)
+        passes.append(taken)
+    assert found[0] == found[1]
+    assert passes == [[1] * 12, [10, 2]]
 
 
 def test_low_rank_updates_are_the_explicit_sum(make: Make, model_folders: dict[str, Path]) -> None:

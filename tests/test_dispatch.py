@@ -193,6 +193,37 @@ def test_a_deadline_grows_with_the_fleets_own_times_and_spares_first_calls() -> 
     assert fleet.overdue() == [0, 1]
 
 
+def test_a_replica_that_is_lent_gets_no_work_and_no_deadline_until_it_is_back() -> None:
+    clock = Clock()
+    fleet = dispatcher(clock, 2)
+    lent = fleet.lend()
+    assert lent in (0, 1) and not fleet.is_short and fleet.replicas == [0, 1]
+    other = 1 - lent
+    fleet.begin("evaluate", [1, 1])
+    for task in (other, lent):  # its own share's first
+        assert fleet.assign() == [(other, task)]
+        assert fleet.lend() is None
+        assert fleet.answered(other) == task
+    assert fleet.is_done
+    clock.now += 10**6
+    assert fleet.overdue() == []
+    fleet.begin_each("digest")
+    assert fleet.assign() == [(other, other)]
+    fleet.answered(other)
+    assert fleet.assign() == []  # the lent one is waited for
+    fleet.give_back(lent)
+    assert fleet.assign() == [(lent, lent)]
+    fleet.answered(lent)
+    assert fleet.is_done
+    lent = fleet.lend()
+    assert lent is not None
+    fleet.begin_each("digest")
+    ((other, task),) = fleet.assign()
+    fleet.answered(other)
+    fleet.lost(lent)
+    assert fleet.is_done and fleet.replicas == [other]
+
+
 def test_work_that_ends_replicas_and_fleets_without_any_are_given_up() -> None:
     clock = Clock()
     fleet = dispatcher(clock, 1)

@@ -49,6 +49,7 @@ class ToyFleet:
 
     def __init__(self) -> None:
         self.weights = np.zeros(SIZE)
+        self.kept: list[str] = []
 
     def start(self) -> ReplicaInfo:
         return ReplicaInfo("toy", "", "", SIZE, "cpu", ())
@@ -77,6 +78,10 @@ class ToyFleet:
 
     def export(self, folder: Path) -> None:
         raise NotImplementedError
+
+    def snapshot(self, digest: str) -> None:
+        assert digest == self.digests()["toy"]
+        self.kept.append(digest)
 
     def close(self) -> None:
         pass
@@ -140,6 +145,22 @@ def test_a_resumed_run_writes_the_same_ledger(
     for record in Ledger.read(cut)[1]:
         replayed.apply(record.update())
     np.testing.assert_array_equal(replayed.weights, weights)
+
+
+def test_snapshots_are_asked_for_and_leave_the_ledger_as_it_is(tmp_path: Path) -> None:
+    chosen = config()
+    train(chosen, tmp_path / "without.jsonl")
+    often = chosen.model_copy(update={"run": chosen.run.model_copy(update={"snapshot_every": 5})})
+    fleet, states = ToyFleet(), []
+    with Ledger.create(tmp_path / "with.jsonl", HEADER) as ledger:
+        batches = Batches(often, 20)
+        Driver(often, fleet, ledger, [], batches=batches, num_test=5).train()
+        replayed = ToyFleet()
+        for record in ledger.records:
+            replayed.apply(record.update())
+            states.append(replayed.digests()["toy"])
+    assert fleet.kept == [states[4], states[9]]
+    assert (tmp_path / "with.jsonl").read_bytes() == (tmp_path / "without.jsonl").read_bytes()
 
 
 def test_the_ledger_holds_scheduled_eps_and_seeds_and_g_is_over_them(tmp_path: Path) -> None:

@@ -214,6 +214,32 @@ def test_a_layer_computes_before_the_last_one_is_swept() -> None:
     assert left[0] > left[len(left) // 2] > left[-1]
 
 
+@pytest.mark.parametrize("chunk_elements", [384, CHUNK, 2**20])
+def test_masters_are_read_and_written_behind_all_copies(chunk_elements: int) -> None:
+    model = Model()
+    beside = Trained(model.tensors(), "gaussian")
+    for update in steps():
+        beside.apply(update)
+    beside.settle()
+    wanted = [part.master.clone() for part in beside.tensors]
+    expected_digests = digests(beside)
+    for slowest in range(4):
+        lanes = SimulatedDevice(slowest, slowest).lanes
+        trained, table, _ = on_host(Model(), lanes, chunk_elements)
+        for update in steps():
+            trained.apply(update)
+            trained.settle()
+        assert all(torch.equal(table.read(i), value) for i, value in enumerate(wanted))
+        other, _, _ = on_host(Model(), lanes, chunk_elements)
+        other.perturb(3, 0.1)  # its copies are still on their way
+        whole = {part.region.name: torch.zeros(part.shard.full_shape) for part in trained.tensors}
+        for part, value in zip(trained.tensors, wanted, strict=True):
+            shard = part.shard
+            whole[part.region.name].view(-1, shard.full_columns)[shard.cells] = value
+        other.put(whole.__getitem__)
+        assert digests(other) == expected_digests
+
+
 def test_what_a_table_on_the_host_cannot_do_is_refused() -> None:
     lanes = SimulatedDevice(0, 0).lanes
     with pytest.raises(ValueError, match="a chunk of 100 elements is smaller than a row"):
@@ -221,7 +247,7 @@ def test_what_a_table_on_the_host_cannot_do_is_refused() -> None:
     trained, _, _ = on_host(Model(), lanes)
     factors: Sequence[Factors] = []
     with pytest.raises(ValueError, match="no steps along low-rank noise"):
-        trained.apply_low_rank(factors, StepUpdate(0, (1,), (0.5,), 1.0))
+        trained.apply_low_rank(factors, [StepUpdate(0, (1,), (0.5,), 1.0)])
 
 
 @pytest.mark.parametrize("family", ["opt", "opt-350m", "llama", "qwen3", "phi3"])

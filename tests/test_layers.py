@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
     {"presets", "templates", "answers", "reward_worker"},
-    {"config", "records", "environment", "output"},
+    {"config", "records", "environment", "output", "snapshot_folder"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
     | {"attention_triton", "log_softmax_triton", "norm_triton", "objectives"},
     {"rows", "charts", "rewards", "pieces"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"generation"},
     {"engine", "sglang_models", "export"},
     {"space", "cache_check"},
-    {"slotted", "host_master"},
+    {"slotted", "host_master", "snapshots"},
     {"dense", "lora", "low_rank", "prefix"},
     {"spaces"},
     {"replica"},
@@ -68,7 +68,7 @@ OWNERS = {
     | {"sweeps_cuda", "fleets", "export", "adapters", "space", "spaces", "lora", "low_rank"}
     | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
     | {"score_graphs", "score_attention", "attention_triton", "norm_triton", "log_softmax_triton"}
-    | {"pools", "generation", "sampling", "host_master", "cache_check"},
+    | {"pools", "generation", "sampling", "host_master", "cache_check", "snapshots"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(

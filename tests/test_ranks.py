@@ -135,6 +135,28 @@ def test_the_death_of_one_rank_loses_the_replica_and_nothing_else(
         ray.get(first[0].__ray_ready__.remote(), timeout=60)
 
 
+def test_a_snapshot_of_two_ranks_serves_two_and_one(
+    values: dict[str, Any], run: Run, tmp_path: Path
+) -> None:
+    values = {**values, "run": {**values["run"], "dir": str(tmp_path), "snapshot_every": 4}}
+    fleet, said = run(values, "ranks"), list[str]()
+    (digest,) = fleet.digests().values()
+    for seat in fleet._seats:
+        fleet._dismiss(seat)
+    again = actors.ActorFleet(Config.model_validate(values), tmp_path / "log", said.append)
+    other = LocalFleet(alone(values), DEVICE, said.append)
+    for each in (again, other):
+        for record in Ledger.read(tmp_path / "ranks" / "ledger.jsonl")[1]:
+            each.apply(record.update())
+        each.start()
+        assert each.digests() == {"replica 0": digest}
+    assert "replica 0 starts from the snapshot of step 4" in said
+    assert "starting from the snapshot of step 4" in said
+    for seat in again._seats:
+        again._dismiss(seat)
+    other.close()
+
+
 def test_rewards_are_judged_once(values: dict[str, Any], run: Run, tmp_path: Path) -> None:
     (tmp_path / "judge.py").write_text(textwrap.dedent(JUDGE))
     reward = {"function": "judge:score", "path": str(tmp_path), "samples": 2, "temperature": 0.5}

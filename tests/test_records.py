@@ -2,10 +2,12 @@
 
 import random
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from orchestrator.records import StepUpdate, UpdateLog
+from orchestrator.records import MARK_SIZE, StepUpdate, UpdateLog
 
 
 def test_a_log_gives_the_updates_that_were_appended() -> None:
@@ -25,15 +27,46 @@ def test_a_log_gives_the_updates_that_were_appended() -> None:
 
 def test_a_log_takes_only_the_next_step() -> None:
     log = UpdateLog()
-    log.append(StepUpdate(0, (1,), (0.5,), 1.0))
-    for step in (0, 2):
-        with pytest.raises(AssertionError, match=f"{step} after 1 steps"):
-            log.append(StepUpdate(step, (1,), (0.5,), 1.0))
+    first = StepUpdate(0, (1,), (0.5,), 1.0)
+    for _ in range(2):
+        log.append(first)
+    for update in (replace(first, seeds=(2,)), replace(first, decay=0.5), replace(first, step=2)):
+        with pytest.raises(AssertionError, match=f"{update.step} after 1 steps"):
+            log.append(update)
+    assert log[:] == [first]
+
+
+def test_marks_are_of_all_updates_up_to_a_step() -> None:
+    """A change of any value of any step changes its mark and those of all later ones."""
+
+    def marks(updates: list[StepUpdate]) -> list[bytes]:
+        log = UpdateLog()
+        for update in updates:
+            log.append(update)
+        whole = log.marks
+        return [whole[start : start + MARK_SIZE] for start in range(0, len(whole), MARK_SIZE)]
+
+    updates = [StepUpdate(step, (step, 7), (0.5, -0.25), 0.9) for step in range(6)]
+    expected = marks(updates)
+    assert len(set(expected)) == 6
+    assert marks(updates[:4]) == expected[:4]
+    changed: list[dict[str, Any]] = [
+        {"seeds": (3, 8)},
+        {"seeds": (7, 3)},
+        {"coefficients": (0.5, 0.25)},
+        {"decay": 1.0},
+        {"seeds": (3,), "coefficients": (0.5,)},
+        {"seeds": (), "coefficients": ()},
+    ]
+    for values in changed:
+        found = marks([*updates[:3], replace(updates[3], **values), *updates[4:]])
+        assert found[:3] == expected[:3]
+        assert not set(found[3:]) & set(expected)
 
 
 def test_a_log_is_small() -> None:
     log = UpdateLog()
     for step in range(2000):
         log.append(StepUpdate(step, tuple(range(16)), (0.5,) * 16, 1.0))
-    size = sum(map(sys.getsizeof, (log._seeds, log._coefficients, log._decays, log._ends)))
-    assert size < 1.2 * 2000 * (16 * 16 + 24)
+    held = log._seeds, log._coefficients, log._decays, log._ends, log._marks
+    assert sum(map(sys.getsizeof, held)) < 1.2 * 2000 * (16 * 16 + 40)

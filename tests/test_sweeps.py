@@ -230,7 +230,7 @@ def check_low_rank_update(
     _view(expected, shape).copy_(expected_master)
     table = sweeps.Table([Slice(shape.region, master, _view(buffer, shape))])
     update = _step(*_seeds(count), step=2**33 + 5, decay=decay)
-    table.low_rank_update([Factors(left, right)], update)
+    table.low_rank_update([Factors(left, right)], [update])
     what = f"{shape} {stored} {served} n={count} rank={rank}"
     _assert_same_bits(master, expected_master, f"master of {what}")
     _assert_same_bits(buffer, expected, f"live of {what}")
@@ -262,6 +262,31 @@ def check_fused_updates(sweeps: Sweeps, shape: Shape, kind: NoiseKind) -> None:
             _assert_same_bits(other, one, f"{shape} {kind} {stored} {served}")
 
 
+def check_fused_low_rank_updates(sweeps: Sweeps, shape: Shape, decays: bool) -> None:
+    """Several steps, some without seeds, are the same in one sweep as in many."""
+    updates = [
+        _step(*_seeds(count), step=9 + number, decay=1 - 0.01 * number * decays)
+        for number, count in enumerate((0, 2, 1, 0, 3))
+    ]
+    left, right = _factors(shape, 6, 5)
+    for stored, served in product(MASTERS, LIVES):
+        found = []
+        for fused in (False, True):
+            master = _values(shape, stored)
+            live = _view(_poisoned_buffer(shape, served), shape)
+            table = sweeps.Table([Slice(shape.region, master, live)])
+            if fused:
+                table.low_rank_update([Factors(left, right)], updates)
+            else:
+                first = 0
+                for update in updates:
+                    own = slice(first, first := first + len(update.seeds))
+                    table.low_rank_update([Factors(left[own], right[own])], [update])
+            found.append((master, live.clone()))
+        for one, other in zip(*found, strict=True):
+            _assert_same_bits(other, one, f"{shape} {stored} {served}")
+
+
 def check_many_slices(sweeps: Sweeps, kind: NoiseKind) -> None:
     """One sweep over slices of all sorts, each with a draw of its own, or no master."""
     slices: list[Slice] = []
@@ -291,7 +316,7 @@ def check_master_that_is_live(sweeps: Sweeps) -> None:
         for master, live in ((apart, torch.empty_like(apart)), (shared, shared)):
             table = sweeps.Table([Slice(shape.region, master, live)])
             table.update("gaussian", [_step(*_seeds(2), step=3)])
-            table.low_rank_update([factors], _step(*_seeds(2), step=4))
+            table.low_rank_update([factors], [_step(*_seeds(2), step=4)])
         _assert_same_bits(shared, apart, f"{shape} {dtype}")
 
 
@@ -339,7 +364,7 @@ def check_low_rank_shards(sweeps: Sweeps) -> None:
         region = TensorRegion(NAME, first, columns)
         factors = Factors(left[:, rows].contiguous(), right[:, :, within_row].contiguous())
         table = sweeps.Table([Slice(region, shard, torch.empty_like(shard))])
-        table.low_rank_update([factors], _step([0, 1], [0.1, -0.2], step=3))
+        table.low_rank_update([factors], [_step([0, 1], [0.1, -0.2], step=3)])
         return shard
 
     all_rows, all_columns = slice(0, 8), slice(0, columns)
@@ -415,7 +440,9 @@ def test_numba_low_rank_update_is_the_specification(shape: Shape, rank: int) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_numba_fuses_updates_exactly(kind: NoiseKind) -> None:
-    check_fused_updates(sweeps_numba, SLICES[2], kind)
+    for shape in (SLICES[2], TALL_SLICE):
+        check_fused_updates(sweeps_numba, shape, kind)
+        check_fused_low_rank_updates(sweeps_numba, shape, kind == "gaussian")
     check_many_slices(sweeps_numba, kind)
     check_master_that_is_live(sweeps_numba)
 
@@ -522,7 +549,7 @@ def test_factors_that_do_not_fit_are_refused(
     shapes = f"factors of shapes {tuple(left.shape)} and {tuple(right.shape)}"
     with pytest.raises(ValueError, match=f"^{re.escape(shapes)}.*{re.escape(complaint)}"):
         table = sweeps_numba.Table([Slice(TensorRegion(NAME, 0, 6), master, master.clone())])
-        table.low_rank_update([Factors(left, right)], _step([1, 2], [1.0, 1.0], step=1))
+        table.low_rank_update([Factors(left, right)], [_step([1, 2], [1.0, 1.0], step=1)])
 
 
 def test_cuda_kernels_are_the_specification(tmp_path: Path) -> None:
@@ -549,6 +576,7 @@ def test_cuda_kernels_are_the_specification(tmp_path: Path) -> None:
         for shape in (ragged, SLICES[1]):
             check_update(cuda, shape, kind, torch.bfloat16, torch.bfloat16, 64)
             check_fused_updates(cuda, shape, kind)
+            check_fused_low_rank_updates(cuda, shape, kind == "gaussian")
         check_shards(cuda, kind)
         check_many_slices(cuda, kind)
     for stored in MASTERS:  # without a decay there is no product by 1
@@ -573,7 +601,9 @@ def test_cuda_kernels_compile_and_fuse_nothing(tmp_path: Path) -> None:
     for tiling, stored, aligned in product(tilings, MASTERS, (False, True)):
         variant = sweeps_cuda.Variant(stored, torch.bfloat16, aligned)
         gaussian = int(tiling.block == noise.GAUSSIAN_BLOCK)
-        macros = sweeps_cuda._macros(tiling, variant, {"GAUSSIAN": gaussian, "RANK": 8})
+        macros = sweeps_cuda._macros(
+            tiling, variant, {"GAUSSIAN": gaussian, "RANK": 8, "ONE_STEP": 0}
+        )
         cubin = tmp_path / "sweeps.cubin"
         cubin.write_bytes(sweeps_cuda.compile_for("sm_90", macros).code)
         command = [str(CUOBJDUMP), "-sass", str(cubin)]

@@ -98,6 +98,18 @@ def test_a_step_leaves_the_same_bits_on_two_ranks_as_on_one(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_snapshot_is_the_same_file_whoever_wrote_it(
+    family: str, folder: Path, alone: dict[str, Any]
+) -> None:
+    """So one of two ranks serves one, and the other way round."""
+    seen, expected = torch.load(folder / f"{family}.pt"), alone[family]
+    for master in ("float32", "bfloat16"):
+        state = expected[f"{master} digests"][3]
+        assert seen[f"{master} restored"] == expected[f"{master} restored"] == [1, state]
+        assert seen[f"{master} snapshot"] == expected[f"{master} snapshot"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_two_ranks_export_loads_in_transformers(family: str, folder: Path) -> None:
     weights = torch.load(folder / f"{family}.pt")["float32 weights"]
     loaded, report = AutoModelForCausalLM.from_pretrained(

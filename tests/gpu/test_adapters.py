@@ -44,7 +44,12 @@ def test_low_rank_updates_equal_the_cpus(master_dtype: torch.dtype, rank: int) -
         table = sweeps.Table([Slice(region, held, live)])
         factors = Factors(left.to(device), right.to(device))
         coefficients = (1e-3, -2e-3, 3e-4, 0.0, 5e-3)
-        table.low_rank_update([factors], StepUpdate(7, (1, 2, 3, 4, 5), coefficients, 0.999))
+        steps = [
+            StepUpdate(7, (1, 2), coefficients[:2], 0.999),
+            StepUpdate(8, (3, 4, 5), coefficients[2:], 0.99),
+        ]
+        table.low_rank_update([factors], steps)
+        table.low_rank_update([factors], [StepUpdate(9, (1, 2, 3, 4, 5), coefficients, 1.0)])
         results.append((held.cpu(), live.cpu()))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
