@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator import assets
+from orchestrator.cluster_metrics import ClusterMetrics
 from orchestrator.config import Config, ConfigError
+from orchestrator.metrics import Observer
 from orchestrator.records import Fleet, ReplicaInfo
 from orchestrator.run_folder import Run
 
@@ -18,8 +20,11 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def started(run: Run, log: Path, say: Say) -> Iterator[tuple[Fleet, ReplicaInfo]]:
-    """A fleet whose replicas all stand at the base model, and see this process's data."""
+def started(
+    run: Run, log: Path, say: Say, *, watch: Callable[[Fleet], None] | None = None
+) -> Iterator[tuple[Fleet, ReplicaInfo]]:
+    """A fleet whose replicas all stand at the base model, and see this process's data. `watch` is
+    given the fleet before it starts."""
     config = run.config
     _prepare_model(config, say)
     number, kind = config.fleet.num_replicas, config.fleet.kind
@@ -28,6 +33,8 @@ def started(run: Run, log: Path, say: Say) -> Iterator[tuple[Fleet, ReplicaInfo]
     else:
         say(f"starting {number} {kind} replica{'s' * (number > 1)} ...")
     fleet = _make_fleet(config, log, say)
+    if watch is not None:
+        watch(fleet)
     try:
         info = fleet.start()
         if info.data_hash != run.data.fingerprint():
@@ -39,6 +46,21 @@ def started(run: Run, log: Path, say: Say) -> Iterator[tuple[Fleet, ReplicaInfo]
         yield fleet, info
     finally:
         fleet.close()
+
+
+@contextmanager
+def monitored(run: Run, fleet: Fleet) -> Iterator[list[Observer]]:
+    """Those who publish what a run does, within, to its cluster's monitoring: none without Ray."""
+    if run.config.fleet.kind != "ray":
+        yield []
+        return
+    from orchestrator.actors import exporters
+
+    published = ClusterMetrics(*exporters(run.folder.resolve().name), fleet.state)
+    try:
+        yield [published]
+    finally:
+        published.close()
 
 
 def _prepare_model(config: Config, say: Say) -> None:

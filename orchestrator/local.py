@@ -4,16 +4,20 @@ For tests and small runs. `dist_patch.apply()` must have run before this module 
 """
 
 import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.config import Config
+from orchestrator.dispatch import Work
 from orchestrator.records import (
     ChunkScores,
     ExampleScore,
+    FleetState,
     Probe,
     ProbeLoss,
     ReplicaInfo,
+    ReplicaState,
     Split,
     StepUpdate,
     UpdateLog,
@@ -32,6 +36,8 @@ class LocalFleet:
         self._replicas: list[Replica] = []
         self._updates = UpdateLog()
         self._applied: list[int] = []
+        self._work = Work()
+        self._computing: int | None = None
 
     def start(self) -> ReplicaInfo:
         number = self._config.fleet.num_replicas
@@ -48,7 +54,11 @@ class LocalFleet:
         for index, group in zip(
             self._turns(), probe_groups(probes, self._config.space.probes_per_group), strict=False
         ):
+            started, self._computing = time.monotonic(), index
             losses += self._replicas[index].evaluate(self._missing(index), group)
+            self._computing = None
+            self._work.done[index] += len(group)
+            self._work.seconds[index] = (time.monotonic() - started) / len(group)
         return losses
 
     def score(
@@ -70,6 +80,19 @@ class LocalFleet:
 
     def export(self, folder: Path) -> None:
         self._replicas[0].export(self._missing(0), folder)
+
+    def state(self) -> FleetState:
+        replicas = tuple(
+            ReplicaState(
+                f"replica {index}",
+                "computing" if index == self._computing else "ready",
+                num_probes=self._work.done[index],
+                num_applied=applied,
+                seconds=self._work.seconds.get(index),
+            )
+            for index, applied in enumerate(list(self._applied))
+        )
+        return FleetState(replicas, len(self._updates))
 
     def close(self) -> None:
         for replica in self._replicas:

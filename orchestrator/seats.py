@@ -29,6 +29,8 @@ class Seat:
     """Actors that were lost since one last answered a task."""
     num_applied: int = 0
     """Updates that the actor was sent."""
+    num_confirmed: int = 0
+    """Those that it was sent with calls that it has answered."""
     calls: list[Any] = field(default_factory=list)
     """The call under way, or the last one, by rank."""
     answer: Any = None
@@ -54,6 +56,8 @@ class Seat:
         if call == self.calls[0]:
             self.answer = answer
         self.num_awaited -= 1
+        if not self.num_awaited:
+            self.num_confirmed = self.num_applied
         return not self.num_awaited
 
     def enter(self, state: State, now: float) -> None:

@@ -17,6 +17,7 @@ from orchestrator.driver import Driver
 from orchestrator.records import (
     ChunkScores,
     ExampleScore,
+    FleetState,
     Probe,
     ProbeLoss,
     ReplicaInfo,
@@ -77,6 +78,9 @@ class ToyFleet:
 
     def export(self, folder: Path) -> None:
         raise NotImplementedError
+
+    def state(self) -> FleetState:
+        return FleetState()
 
     def close(self) -> None:
         pass
