@@ -17,7 +17,10 @@ Exporter = Callable[[str, str], Any]
 
 
 class ClusterMetrics:
-    """Publishes each step, and the fleet's state every few seconds until it is closed."""
+    """Publishes the latest step and the fleet's state every few seconds until it is closed.
+
+    Gauges are set again and again: Ray's agent forgets one that was not set since it last told.
+    """
 
     def __init__(self, gauge: Exporter, counter: Exporter, state: Callable[[], FleetState]) -> None:
         self._state = state
@@ -39,15 +42,14 @@ class ClusterMetrics:
             "zo_ledger_lag_steps",
             "Steps of the ledger that the slowest replica that is up has not taken; 1 is usual.",
         )
+        self._latest: StepMetrics | None = None
         self._told = FleetState()
         self._is_closed = threading.Event()
         self._watch = threading.Thread(target=self._watch_fleet, daemon=True)
         self._watch.start()
 
     def step(self, metrics: StepMetrics) -> None:
-        self._step.set(metrics.step + 1)
-        self._probes_per_second.set(metrics.num_probes / metrics.seconds)
-        self._kv_reused.set(metrics.kv.reused_share)
+        self._latest = metrics
         self._probes.inc(metrics.num_probes)
 
     def evaluation(self, evaluation: Evaluation) -> None:
@@ -64,6 +66,10 @@ class ClusterMetrics:
         self._publish(self._state())
 
     def _publish(self, state: FleetState) -> None:
+        if (latest := self._latest) is not None:
+            self._step.set(latest.step + 1)
+            self._probes_per_second.set(latest.num_probes / latest.seconds)
+            self._kv_reused.set(latest.kv.reused_share)
         self._alive.set(state.num_up)
         self._wanted.set(len(state.replicas))
         self._lag.set(state.lag)

@@ -13,7 +13,7 @@ from orchestrator import assets
 from orchestrator.cluster_metrics import ClusterMetrics
 from orchestrator.config import Config, ConfigError
 from orchestrator.metrics import Observer
-from orchestrator.records import Fleet, ReplicaInfo
+from orchestrator.records import Fleet, FleetState, ReplicaInfo
 from orchestrator.run_folder import Run
 
 Say = Callable[[str], None]
@@ -21,10 +21,14 @@ Say = Callable[[str], None]
 
 @contextmanager
 def started(
-    run: Run, log: Path, say: Say, *, watch: Callable[[Fleet], None] | None = None
+    run: Run,
+    log: Path,
+    say: Say,
+    *,
+    watch: Callable[[Callable[[], FleetState]], None] | None = None,
 ) -> Iterator[tuple[Fleet, ReplicaInfo]]:
     """A fleet whose replicas all stand at the base model, and see this process's data. `watch` is
-    given the fleet before it starts."""
+    given, before it starts, what tells its state."""
     config = run.config
     _prepare_model(config, say)
     number, kind = config.fleet.num_replicas, config.fleet.kind
@@ -34,7 +38,7 @@ def started(
         say(f"starting {number} {kind} replica{'s' * (number > 1)} ...")
     fleet = _make_fleet(config, log, say)
     if watch is not None:
-        watch(fleet)
+        watch(fleet.state)
     try:
         info = fleet.start()
         if info.data_hash != run.data.fingerprint():

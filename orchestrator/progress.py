@@ -6,7 +6,7 @@ Knows metrics and what a fleet says of its replicas; knows nothing of where they
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +19,7 @@ from rich.text import Text
 
 from orchestrator.evaluate import told
 from orchestrator.metrics import LOG_FILE, Evaluation, StepMetrics, Summary
-from orchestrator.records import Fleet, FleetState, ReplicaState
+from orchestrator.records import FleetState, ReplicaState
 
 logger = logging.getLogger(__name__)
 PLAIN_LINE_EVERY_S = 10.0
@@ -61,7 +61,7 @@ class Display:
             accuracy="-",
             lost="",
         )
-        self._fleet: Fleet | None = None
+        self._state: Callable[[], FleetState] = FleetState  # of no replicas, until there are some
         self._last_plain = self._last_fleet_line = 0.0
         self._counts: Counter[str] = Counter()
         self._accuracy = "-"
@@ -77,9 +77,9 @@ class Display:
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
-    def watch(self, fleet: Fleet) -> None:
-        """Show this fleet's replicas from now on."""
-        self._fleet = fleet
+    def watch(self, state: Callable[[], FleetState]) -> None:
+        """Show the replicas that `state` tells of from now on."""
+        self._state = state
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -103,7 +103,7 @@ class Display:
 
     def _view(self) -> Group:
         """The fleet, and the step that it is at."""
-        state = self._fleet.state() if self._fleet else FleetState()
+        state = self._state()
         if len(state.replicas) > MOST_LINES:
             return Group(summary_line(state), self._progress)
         if state.replicas:
@@ -141,7 +141,7 @@ class Display:
     def _print_fleet(self, now: float) -> None:
         """A line about the replicas, where they are several: every minute, and when one has gone or
         come."""
-        state = self._fleet.state() if self._fleet else FleetState()
+        state = self._state()
         counts = counted(state)
         is_due = counts != self._counts or now - self._last_fleet_line > FLEET_LINE_EVERY_S
         if len(state.replicas) > 1 and is_due:
@@ -229,20 +229,19 @@ def counted(state: FleetState) -> Counter[str]:
 
 def summary_line(state: FleetState) -> str:
     """A fleet in one line."""
-    counts = [f"{number} {name}" for name, number in counted(state).most_common()]
-    lag = f", {state.lag} steps behind at most" if state.lag > 1 else ""
-    return f"{len(state.replicas)} replicas: {', '.join(counts)}{lag}"
+    counts = (f"{number} {name}" for name, number in counted(state).most_common())
+    return f"{len(state.replicas)} replicas: {', '.join(counts)}{_behind(state)}"
 
 
 def plain_line(state: FleetState) -> str:
-    """The same, with the share of each where they are few."""
+    """The same, with each replica and its share of the probes where they are few."""
     if len(state.replicas) > MOST_LINES:
         return summary_line(state)
-    each = [
-        f"{_number(replica)} {'lost' if replica.state == 'empty' else replica.state} {share:.0%}"
+    each = (
+        f"{_number(replica)} {_state(replica)} {share:.0%}"
         for replica, share in zip(state.replicas, state.shares(), strict=True)
-    ]
-    return f"{summary_line(state)}; share of the probes: {', '.join(each)}"
+    )
+    return f"{len(state.replicas)} replicas: {', '.join(each)}{_behind(state)}"
 
 
 def table(state: FleetState) -> Table:
@@ -255,16 +254,21 @@ def table(state: FleetState) -> Table:
     for replica, share in zip(state.replicas, state.shares(), strict=True):
         shown.add_row(
             _number(replica),
-            Text(
-                "lost" if replica.state == "empty" else replica.state,
-                STYLES.get(replica.state, "yellow"),
-            ),
+            Text(_state(replica), STYLES.get(replica.state, "yellow")),
             f"{replica.num_probes:,}",
             f"{share:.0%}",
             f"{replica.num_applied:,}",
             "-" if replica.seconds is None else f"{replica.seconds:.3g}",
         )
     return shown
+
+
+def _behind(state: FleetState) -> str:
+    return f"; {state.lag} steps behind" if state.lag > 1 else ""
+
+
+def _state(replica: ReplicaState) -> str:
+    return "lost" if replica.state == "empty" else replica.state
 
 
 def _number(replica: ReplicaState) -> str:

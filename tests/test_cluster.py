@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,6 +257,7 @@ class Cluster:
     words: dict[str, str]
     folder: Path
     environment: dict[str, str]
+    metrics_ports: tuple[int, int]
 
     def run(self, line: str, *more: str) -> str:
         """What a line of the page, and more behind it, prints."""
@@ -302,7 +303,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) ->
         "RAY_ADDRESS": "",
     }
     sessions.mkdir()
-    made = Cluster(words, folder, environment)
+    made = Cluster(words, folder, environment, (metrics, agents[2]))
     common = ["--num-cpus=1", "--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
     if DEVICE == "cuda":
         common.append("--num-gpus=1")
@@ -346,6 +347,16 @@ def until(what: Callable[[], bool], seconds: float = 240.0) -> None:
         time.sleep(0.5)
 
 
+def until_holds(expected: Mapping[str, float], exported: Callable[[], dict[str, float]]) -> None:
+    """Wait until the series have these values, which agents tell some seconds later."""
+    found: dict[str, float] = {}
+    deadline = time.monotonic() + 120
+    while not expected.items() <= found.items():
+        assert time.monotonic() < deadline, found
+        time.sleep(0.5)
+        found = exported()
+
+
 def series(text: str, run: str) -> dict[str, float]:
     """The run's own series in Prometheus text."""
     found = re.findall(rf'^(ray_zo_\w+)\{{.*\brun="{run}".*\}} (\S+)$', text, flags=re.MULTILINE)
@@ -363,11 +374,14 @@ def test_a_nodes_agent_exports_the_runs_series(
     config = Config.model_validate(values)
     said: list[str] = []
     fleet = actors.ActorFleet(config, tmp_path / "none" / "log", said.append)
-    url = f"http://127.0.0.1:{cluster.words['8080']}/metrics"
 
     def exported() -> dict[str, float]:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            return series(answer.read().decode(), "tried")
+        """Of both nodes: a driver on their machine may be either's."""
+        found: dict[str, float] = {}
+        for port in cluster.metrics_ports:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+                found |= series(answer.read().decode(), "tried")
+        return found
 
     try:
         fleet.start()
@@ -384,17 +398,17 @@ def test_a_nodes_agent_exports_the_runs_series(
             "ray_zo_replicas": 2,
             "ray_zo_ledger_lag_steps": 1,
         }
-        until(lambda: expected.items() <= exported().items(), 60)
+        until_holds(expected, exported)
         found = exported()
         assert found["ray_zo_probes_per_second"] > 0
         assert 0 < found["ray_zo_kv_reused_share"] < 1  # options share their prompts
         assert found.get("ray_zo_probes_requeued_total", 0) == 0
 
         fleet.digests()  # both replicas take the last step
-        until(lambda: exported()["ray_zo_ledger_lag_steps"] == 0, 60)
+        until_holds({"ray_zo_ledger_lag_steps": 0}, exported)
         ray.kill(fleet._seats[0].actor)
         driver.look(NUM_STEPS)
-        until(lambda: exported()["ray_zo_replicas_alive"] == 1, 60)
+        until_holds({"ray_zo_replicas_alive": 1}, exported)
         state = fleet.state()
         assert state.replicas[0].num_applied == 0
         assert state.replicas[1].num_applied == NUM_STEPS
