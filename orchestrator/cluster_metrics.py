@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.metrics import Evaluation, StepMetrics
 from orchestrator.records import FleetState
 
-EVERY_S = 2.0  # between two looks at the fleet, which has news between steps too
+EVERY_S = 2.0  # between two looks at the fleet; Ray's agents tell of every 10 s, by default
 Exporter = Callable[[str, str], Any]
 """Makes a gauge, which has `set`, or a counter, which has `inc`, of a name and a description."""
 
@@ -19,7 +19,7 @@ Exporter = Callable[[str, str], Any]
 class ClusterMetrics:
     """Publishes the latest step and the fleet's state every few seconds until it is closed.
 
-    Gauges are set again and again: Ray's agent forgets one that was not set since it last told.
+    Gauges are set again and again: Ray's agent tells once of what a gauge was set to, and forgets.
     """
 
     def __init__(self, gauge: Exporter, counter: Exporter, state: Callable[[], FleetState]) -> None:
