@@ -20,16 +20,18 @@ command, the recipe or the data, 130 interrupted.
 """
 
 import argparse
+import logging
 import signal
 import sys
 import traceback
 from pathlib import Path
 from types import FrameType
 
-from orchestrator import environment, inspection, output, run_folder, runs
+from orchestrator import environment, inspection, output, run_folder, run_log, runs
 from orchestrator.config import ConfigError
 
 AT_HELP = "the state after so many steps, or after the best look at dev rows; default: the last"
+logger = logging.getLogger(f"{run_log.LOGGER}.launch")
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -109,6 +111,8 @@ def _how_to_go_on(arguments: argparse.Namespace, run: run_folder.Run | None) -> 
 
 def _tell(message: str) -> None:
     """To the user: standard error, or what standard output was once both go to the log."""
+    if output.is_diverted():
+        logger.error(message)
     print(message, file=output.terminal() if output.is_diverted() else sys.stderr, flush=True)
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.util.metrics
 import ray.util.scheduling_strategies
 
-from orchestrator import dist_patch, environment, output, placement
+from orchestrator import dist_patch, environment, output, placement, run_log
 from orchestrator.config import Config, ConfigError
 from orchestrator.dispatch import Dispatcher, Limits, TaskLost, pause_before_attempt
 from orchestrator.pieces import Pieces, joined
@@ -26,9 +27,11 @@ from orchestrator.records import (
     ChunkScores,
     ExampleScore,
     FleetError,
+    FleetState,
     Probe,
     ProbeLoss,
     ReplicaInfo,
+    ReplicaState,
     Split,
     StepUpdate,
     UpdateLog,
@@ -37,6 +40,7 @@ from orchestrator.records import (
 from orchestrator.seats import Seat, Seats, State
 
 logger = logging.getLogger(__name__)
+Exporter = Callable[[str, str], Any]
 NEWS_S = 15.0  # between two messages about what is being waited for
 # A seat's states before its actor is up, and what is then waited for.
 ON_THE_WAY: dict[State, str] = {"loading": "to load the model", "catching up": "to catch up"}
@@ -56,6 +60,11 @@ MACHINE_FAILURES = ("MemoryError", "OutOfMemoryError", "AcceleratorError")
 
 class ReplicaActor:
     """A replica in a process of its own, or a rank of one."""
+
+    def __init__(self, fields: Mapping[str, str | int]) -> None:
+        """`fields` are what its lines in the run's log tell."""
+        run_log.note(**fields)
+        run_log.begin()
 
     def meeting_place(self) -> str:
         """A fresh URL at which the ranks of this replica can meet; they are all on this node."""
@@ -84,9 +93,12 @@ class ReplicaActor:
 
         world = World(rank, config.fleet.tp_size, meeting_place)
         self._replica = Replica(config, device, world, marks)
+        logger.info("the model is loaded")
         return self._replica.info, self._replica.num_applied
 
     def evaluate(self, updates: Sequence[StepUpdate], probes: Sequence[Probe]) -> list[ProbeLoss]:
+        if probes:
+            run_log.note(step=probes[0].step)
         return self._replica.evaluate(updates, probes)
 
     def score(
@@ -287,6 +299,24 @@ class ActorFleet:
         seat.enter("writing", time.monotonic())
         self._call(seat, "snapshot", self._updates.marks[-MARK_SIZE:], digest)
 
+    def state(self) -> FleetState:
+        work = self._dispatcher.work["evaluate"]
+        return FleetState(
+            tuple(
+                ReplicaState(
+                    seat.name,
+                    "computing" if seat.state == "ready" and seat.num_awaited else seat.state,
+                    num_probes=work.done[seat.number],
+                    num_applied=seat.num_confirmed,
+                    seconds=work.seconds.get(seat.number),
+                )
+                for seat in self._seats
+            ),
+            len(self._updates),
+            work.num_copied,
+            work.num_requeued,
+        )
+
     def _call(self, seat: Seat, method: str, *arguments: Any) -> None:
         """Ask all ranks of a replica, with the updates that it has not been sent."""
         missing = self._updates[seat.num_applied :]
@@ -384,6 +414,7 @@ class ActorFleet:
             self._ask(seat, calls)
         elif seat.state == "loading":
             info, seat.num_applied = answer
+            seat.num_confirmed = seat.num_applied
             if self._info is None:
                 self._info = info
             elif info != self._info:
@@ -422,9 +453,11 @@ class ActorFleet:
             bundle = {name: amount for name, amount in bundle.items() if amount}
             seat.group = ray.util.placement_group([bundle for _ in ranks], strategy="STRICT_PACK")
             options = [{"scheduling_strategy": _in_group(seat.group, rank)} for rank in ranks]
-        create = ray.remote(ReplicaActor)
-        seat.actors = [create.options(**self._actor_options, **each).remote() for each in options]
-        seat.num_applied = 0
+        create, fields = ray.remote(ReplicaActor), {**run_log.fields(), "replica": seat.number}
+        seat.actors = [
+            create.options(**self._actor_options, **each).remote(fields) for each in options
+        ]
+        seat.num_applied = seat.num_confirmed = 0
         seat.enter("placing", time.monotonic())
         others = [actor.__ray_ready__.remote() for actor in seat.actors[1:]]
         self._ask(seat, [seat.actor.meeting_place.remote(), *others])
@@ -530,6 +563,18 @@ class ActorFleet:
         if least > 1:
             what += f", and fleet.min_replicas is {least}"
         return FleetError(f"{self._last_loss}, and {what}; see {self._log}")
+
+
+def exporters(run: str) -> tuple[Exporter, Exporter]:
+    """What makes a gauge, and what makes a counter, of a name and a description. Ray's agent on
+    this node exports them, tagged with the run's name."""
+
+    def of(kind: type[Any]) -> Exporter:
+        return lambda name, description: kind(name, description, ("run",)).set_default_tags(
+            {"run": run}
+        )
+
+    return of(ray.util.metrics.Gauge), of(ray.util.metrics.Counter)
 
 
 def _ready(references: list[Any], timeout: float) -> list[Any]:

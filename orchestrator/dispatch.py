@@ -8,9 +8,9 @@ computes it, and each task is answered once.
 
 import math
 from bisect import bisect_left, insort
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MIN_KNOWN = 8  # calls of a kind before their median counts for anything
 RECENT = 512  # calls of a kind that the median is over: two of each replica of a large fleet
@@ -38,6 +38,20 @@ class Limits:
     """For a fleet of which too little is left to get a replica back."""
     most_losses: int = 4
     """A task that was lost so often is taken to be what kills its replicas."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What became of the units of work of one kind."""
+
+    done: Counter[int] = field(default_factory=Counter)
+    """By replica, those whose answers it was the first to give."""
+    seconds: dict[int, float] = field(default_factory=dict)
+    """By replica, of a unit in its latest answer."""
+    num_copied: int = 0
+    """Those that were computed once more because they were slow."""
+    num_requeued: int = 0
+    """Those that waited anew because their replica was lost."""
 
 
 class TaskLost(Exception):
@@ -95,6 +109,7 @@ class Dispatcher:
         self._calls: dict[int, _Call] = {}  # by replica, the earliest first
         self._known: dict[int, set[str]] = {}  # the kinds of calls that a replica has answered
         self._times: dict[str, _Times] = {}
+        self.work: defaultdict[str, Work] = defaultdict(Work)  # by kind
         self._short_since = clock()
         self._round = 0
         self._waiting: dict[int, None] = {}  # tasks, in their order
@@ -148,6 +163,7 @@ class Dispatcher:
                 raise TaskLost
             if self._newest[call.task] == replica:
                 self._waiting = {call.task: None, **self._waiting}
+                self.work[call.kind].num_requeued += call.size
 
     @property
     def is_short(self) -> bool:
@@ -214,6 +230,8 @@ class Dispatcher:
             del self._free[replica]
             if self._own is not None:
                 del self._own[replica]
+            if self._runners[task]:
+                self.work[self._kind].num_copied += self._sizes[task]
             self._runners[task] += 1
             self._newest[task] = replica
             is_first = self._kind not in self._known[replica]
@@ -288,13 +306,16 @@ class Dispatcher:
         """A replica's call has returned: its task, or None if that is answered already."""
         call = self._calls.pop(replica)
         self._free[replica] = None
+        seconds = (self._clock() - call.started) / call.size
+        work = self.work[call.kind]
+        work.seconds[replica] = seconds
         if call.is_first:
             self._known[replica].add(call.kind)
         else:
-            times = self._times.setdefault(call.kind, _Times())
-            times.add((self._clock() - call.started) / call.size)
+            self._times.setdefault(call.kind, _Times()).add(seconds)
         if not self._is_open(call):
             return None
+        work.done[replica] += call.size
         self._answered[call.task] = True
         self._waiting.pop(call.task, None)  # of a copy that was lost
         self._left -= 1

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from orchestrator import estimator, noise_floor
+from orchestrator import estimator, noise_floor, run_log
 from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.evaluate import measured, scores_of
@@ -66,6 +66,7 @@ class Driver:
     def step(self, step: int) -> None:
         """Plan, evaluate, estimate, write down, apply."""
         started = time.monotonic()
+        run_log.note(step=step)
         run = self._config.run
         settings = estimator.at_step(self._config.estimator, step, run.steps)
         examples = self._batches.of(step)
@@ -109,6 +110,7 @@ class Driver:
     ) -> Evaluation:
         """Score a held-out split after `done` steps: all of its examples, or the first few."""
         started = time.monotonic()
+        run_log.note(step=done)
         chosen = range(self._num_held_out[split])[:num_examples]
         found = measured(self._config.task.metric, scores_of(self._fleet.score(split, chosen)))
         evaluation = Evaluation(

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator import assets
+from orchestrator.cluster_metrics import ClusterMetrics
 from orchestrator.config import Config, ConfigError
-from orchestrator.records import Fleet, ReplicaInfo, StepUpdate
+from orchestrator.metrics import Observer
+from orchestrator.records import Fleet, FleetState, ReplicaInfo, StepUpdate
 from orchestrator.run_folder import Run
 
 Say = Callable[[str], None]
@@ -19,10 +21,16 @@ Say = Callable[[str], None]
 
 @contextmanager
 def started(
-    run: Run, log: Path, say: Say, past: Iterable[StepUpdate] = ()
+    run: Run,
+    log: Path,
+    say: Say,
+    past: Iterable[StepUpdate] = (),
+    *,
+    watch: Callable[[Callable[[], FleetState]], None] | None = None,
 ) -> Iterator[tuple[Fleet, ReplicaInfo]]:
     """A fleet whose replicas all see this process's data, and stand at the base model, or at a
-    snapshot of `past`: a run's updates, which the fleet then has."""
+    snapshot of `past`: a run's updates, which the fleet then has. `watch` is given, before it
+    starts, what tells its state."""
     config = run.config
     _prepare_model(config, say)
     number, kind = config.fleet.num_replicas, config.fleet.kind
@@ -33,6 +41,8 @@ def started(
     fleet = _make_fleet(run, log, say)
     for update in past:
         fleet.apply(update)
+    if watch is not None:
+        watch(fleet.state)
     try:
         info = fleet.start()
         if info.data_hash != run.data.fingerprint():
@@ -44,6 +54,21 @@ def started(
         yield fleet, info
     finally:
         fleet.close()
+
+
+@contextmanager
+def monitored(run: Run, fleet: Fleet) -> Iterator[list[Observer]]:
+    """Those who publish what a run does, within, to its cluster's monitoring: none without Ray."""
+    if run.config.fleet.kind != "ray":
+        yield []
+        return
+    from orchestrator.actors import exporters
+
+    published = ClusterMetrics(*exporters(run.folder.resolve().name), fleet.state)
+    try:
+        yield [published]
+    finally:
+        published.close()
 
 
 def _prepare_model(config: Config, say: Say) -> None:

@@ -4,6 +4,7 @@ For tests and small runs. `dist_patch.apply()` must have run before this module 
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from orchestrator.records import (
     MARK_SIZE,
     ChunkScores,
     ExampleScore,
+    FleetState,
     Probe,
     ProbeLoss,
     ReplicaInfo,
+    ReplicaState,
     Split,
     StepUpdate,
     UpdateLog,
@@ -43,6 +46,8 @@ class LocalFleet:
         self._updates = UpdateLog()
         self._applied: list[int] = []
         self._dispatcher = Dispatcher(Limits(), lambda: 0.0)
+        self._computing: int | None = None
+        self._seconds: dict[int, float] = {}  # a probe, in a replica's latest answer
 
     def start(self) -> ReplicaInfo:
         number = self._config.fleet.num_replicas
@@ -64,12 +69,17 @@ class LocalFleet:
         losses = self._shared(
             "evaluate",
             [assignment.size for assignment in work],
-            lambda index, task: self._replicas[index].evaluate(
-                self._missing(index), work[task].probes
-            ),
+            lambda index, task: self._evaluated(index, work[task].probes),
             pieces.homes(work),
         )
         return joined(work, [loss for some in losses for loss in some])
+
+    def _evaluated(self, index: int, probes: Sequence[Probe]) -> list[ProbeLoss]:
+        started, self._computing = time.monotonic(), index
+        losses = self._replicas[index].evaluate(self._missing(index), probes)
+        self._computing = None
+        self._seconds[index] = (time.monotonic() - started) / len(probes)
+        return losses
 
     def score(
         self, split: Split, examples: Sequence[int], *, calibrated: bool = False
@@ -119,6 +129,19 @@ class LocalFleet:
 
     def export(self, folder: Path) -> None:
         self._replicas[0].export(self._missing(0), folder)
+
+    def state(self) -> FleetState:
+        replicas = tuple(
+            ReplicaState(
+                f"replica {index}",
+                "computing" if index == self._computing else "ready",
+                num_probes=self._dispatcher.work["evaluate"].done[index],
+                num_applied=applied,
+                seconds=self._seconds.get(index),
+            )
+            for index, applied in enumerate(list(self._applied))
+        )
+        return FleetState(replicas, len(self._updates))
 
     def close(self) -> None:
         for replica in self._replicas:

@@ -133,6 +133,8 @@ class Summary:
     """With a reward: how many samples of all steps failed, by kind."""
     kv: dict[str, float] | None = None
     """`KvUse.numbers` of all probes, while stepping."""
+    fleet: dict[str, Any] | None = None
+    """`FleetState.numbers` of this process: who computed how many probes."""
 
 
 def _required(kind: type[StepMetrics] | type[Evaluation]) -> tuple[str, ...]:

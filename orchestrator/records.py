@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Split = Literal["train", "dev", "test"]
 EXAMPLES_PER_CHUNK = 64
@@ -164,6 +164,63 @@ class ReplicaInfo:
     versions: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """A replica's place in the fleet, whichever processes have held it."""
+
+    name: str
+    state: Literal["empty", "placing", "loading", "catching up", "ready", "computing", "writing"]
+    """Empty between an actor that was lost and the next; ready without work, computing with."""
+    num_probes: int = 0
+    """Those whose losses it was the first to give."""
+    num_applied: int = 0
+    """Steps whose updates it is known to have taken."""
+    seconds: float | None = None
+    """A probe, in its latest answer to probes."""
+
+    @property
+    def is_up(self) -> bool:
+        return self.state in ("ready", "computing", "writing")
+
+
+@dataclass(frozen=True, slots=True)
+class FleetState:
+    """What can be seen of a fleet from outside, at one moment."""
+
+    replicas: tuple[ReplicaState, ...] = ()
+    num_steps: int = 0
+    """Steps whose updates were handed to the fleet: where the ledger ends."""
+    num_copied: int = 0
+    """Probes that were computed once more because they were slow."""
+    num_requeued: int = 0
+    """Probes that were given to another replica because theirs was lost."""
+
+    @property
+    def num_up(self) -> int:
+        return sum(replica.is_up for replica in self.replicas)
+
+    @property
+    def lag(self) -> int:
+        """Steps of the ledger that the last of the replicas that are up has not taken yet. One is
+        as it should be, since updates travel with the next step's work; more, if a replica had no
+        work since, or has just come back and has yet to catch up."""
+        taken = [replica.num_applied for replica in self.replicas if replica.is_up]
+        return self.num_steps - min(taken) if taken else 0
+
+    def shares(self) -> list[float]:
+        """The replicas' parts of all probes; zeros before the first."""
+        total = sum(replica.num_probes for replica in self.replicas) or 1
+        return [replica.num_probes / total for replica in self.replicas]
+
+    def numbers(self) -> dict[str, Any]:
+        """As it is written down."""
+        return {
+            "probes": {replica.name: replica.num_probes for replica in self.replicas},
+            "copied": self.num_copied,
+            "requeued": self.num_requeued,
+        }
+
+
 class Fleet(Protocol):
     """All replicas, behind calls that block until the answer is there.
 
@@ -193,6 +250,9 @@ class Fleet(Protocol):
     def snapshot(self, digest: str) -> None:
         """Have one replica write down the state of now, on whose digest all agree, for others to
         start from. Where it cannot, the user is told, once."""
+
+    def state(self) -> FleetState:
+        """At once, from any thread, before `start` and during other calls too."""
 
     def close(self) -> None: ...
 

@@ -157,6 +157,7 @@ def _page(story: Story) -> str:
 {_result(story)}
 {_versions(story)}
 {_ledger(story)}
+{_fleet(story)}
 </div>
 <h2>Recipe</h2>
 <p class="note">Every key as it was resolved; bold where it is not the default.</p>
@@ -370,6 +371,24 @@ def _ledger(story: Story) -> str:
             ("parent's ledger", f"sha256 {digest}"),
         ]
     return _card("Ledger", _table(_escaped(rows), "code"))
+
+
+def _fleet(story: Story) -> str:
+    """Who computed how much, once a run with several replicas is finished."""
+    numbers = story.summary.fleet if story.summary else None
+    probes = numbers["probes"] if numbers else {}
+    if numbers is None or len(probes) < 2:
+        return ""
+    total = sum(probes.values()) or 1
+    rows = [
+        (html.escape(name), f"{number:,} <small>({_percent(number / total)})</small>")
+        for name, number in probes.items()
+    ]
+    rows += [
+        ("slow, computed once more", f"{numbers['copied']:,}"),
+        ("of lost replicas, given to others", f"{numbers['requeued']:,}"),
+    ]
+    return _card("Probes of the last process", _table(rows, numbers=True))
 
 
 def _versions(story: Story) -> str:

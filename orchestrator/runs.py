@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from orchestrator import fleets, metrics, output, rewards, run_folder
+from orchestrator import fleets, metrics, output, rewards, run_folder, run_log
 from orchestrator.batches import Batches
 from orchestrator.config import ConfigError
 from orchestrator.driver import Driver
@@ -41,24 +41,28 @@ def train(run: Run) -> None:
             display.say(f"all {steps} steps are done; nothing is left to do")
             display.result(summary, run.folder)
         else:
-            output.divert(run.log_path)
-            _train(run, Display(output.terminal(), steps))
+            _train(run, _display(run, run.log_path))
 
 
 def _train(run: Run, display: Display) -> None:
     started = time.monotonic()
     steps, num_held_out = run.config.run.steps, len(run.data.test)
     with (
-        fleets.started(run, run.log_path, display.say, _past(run)) as (fleet, info),
+        display.live(),
+        fleets.started(run, run.log_path, display.say, _past(run), watch=display.watch) as (
+            fleet,
+            info,
+        ),
         run_folder.opened_ledger(run, info, display.say) as ledger,
         _closing(Records(run.folder)) as records,
+        fleets.monitored(run, fleet) as monitors,
     ):
         speed, looks = Speed(), Looks(run.folder, ledger.next_step)
         driver = Driver(
             run.config,
             fleet,
             ledger,
-            [records, display, speed, looks],
+            [records, display, speed, looks, *monitors],
             batches=_batches(run),
             num_test=num_held_out,
             num_dev=len(run.data.dev),
@@ -73,8 +77,8 @@ def _train(run: Run, display: Display) -> None:
             baseline = driver.evaluate(0)
             if run.data.dev:
                 driver.look(0)
-        with display.live(ledger.next_step):
-            driver.train()
+        display.begin(ledger.next_step)
+        driver.train()
         if run.data.dev:
             driver.look(steps)
         final = driver.evaluate(steps)
@@ -96,6 +100,7 @@ def _train(run: Run, display: Display) -> None:
             best_dev=best.accuracy if best else None,
             lost=metrics.lost(run.folder),
             kv=speed.kv.numbers(),
+            fleet=fleet.state().numbers(),
         )
         records.summary(summary)
     display.result(summary, run.folder)
@@ -122,8 +127,7 @@ def evaluate(
         run = fleets.with_one_replica(run)
     num_steps = _num_steps(run, at) if trained else 0
     log = out.with_suffix(".log")
-    output.divert(log)
-    display = Display(output.terminal(), run.config.run.steps)
+    display = _display(run, log)
     past = _past(run, num_steps) if trained else ()
     with fleets.started(run, log.absolute(), display.say, past) as (fleet, info):
         if trained:
@@ -194,8 +198,7 @@ def export(run: Run, folder: Path, at: At | None = None) -> None:
         raise ConfigError(f"{folder}: the folder {folder.parent} cannot be written to")
     num_steps = _num_steps(run, at)
     log = folder.with_name(f"{folder.name}.log")
-    output.divert(log)
-    display = Display(output.terminal(), run.config.run.steps)
+    display = _display(run, log)
     run = fleets.with_one_replica(run)
     with fleets.started(run, log, display.say, _past(run, num_steps)) as (fleet, info):
         _replay(run, info, fleet, num_steps)
@@ -217,8 +220,7 @@ def tune(run: Run, folder: Path) -> None:
         raise ConfigError(f"--out: {folder}: cannot be written to")
     _check_reward(run)
     log = folder / metrics.LOG_FILE
-    output.divert(log)
-    display = Display(output.terminal(), run.config.run.steps)
+    display = _display(run, log)
     batches = _batches(run)
     with fleets.started(run, log, display.say) as (fleet, _):
         proposal = tuning.measure(run.config, fleet, batches, display.say)
@@ -236,6 +238,14 @@ def report(folder: Path) -> Path:
 
 
 # -------------------------------------------------------------------- parts
+
+
+def _display(run: Run, log: Path) -> Display:
+    """What the user sees from now on; all else goes to the log."""
+    output.divert(log)
+    run_log.note(run=run.folder.resolve().name)
+    run_log.begin()
+    return Display(output.terminal(), run.config.run.steps)
 
 
 def _check_reward(run: Run) -> None:

@@ -30,6 +30,8 @@ class Seat:
     """Actors that were lost since one last answered a task."""
     num_applied: int = 0
     """Updates that the actor was sent, or found in a snapshot."""
+    num_confirmed: int = 0
+    """Those of them that it is known to have taken."""
     calls: list[Any] = field(default_factory=list)
     """The call under way, or the last one, by rank."""
     answer: Any = None
@@ -55,6 +57,8 @@ class Seat:
         if call == self.calls[0]:
             self.answer = answer
         self.num_awaited -= 1
+        if not self.num_awaited:
+            self.num_confirmed = self.num_applied
         return not self.num_awaited
 
     def enter(self, state: State, now: float) -> None:

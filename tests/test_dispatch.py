@@ -275,3 +275,29 @@ def test_nothing_is_handed_out_while_too_few_replicas_are_up() -> None:
     fleet.join(1)
     assert not fleet.is_hopeless(is_loading=False)
     assert sorted(task for _, task in fleet.assign()) == [1, 2]
+
+
+def test_work_that_is_given_out_again_is_counted_in_its_units() -> None:
+    """Who was first counts as having done it; a copy, and what a lost replica leaves, as such."""
+    clock = Clock()
+    made = dispatcher(clock, 3)
+    before = made.work["evaluate"].done.copy()
+    made.begin("evaluate", [2, 4, 8])
+    assert dict(made.assign()) == {0: 0, 1: 1, 2: 2}
+    clock.now += 2
+    made.answered(0)
+    assert made.assign() == []  # nothing is slow yet
+    made.lost(2)
+    assert made.assign() == [(0, 2)]
+    clock.now += 7
+    made.answered(0)
+    assert made.assign() == [(0, 1)]  # slow: a copy
+    clock.now += 1
+    made.answered(0)
+    made.answered(1)  # too late
+    work = made.work["evaluate"]
+    assert made.is_done
+    assert work.done - before == {0: 2 + 8 + 4}
+    assert (work.num_copied, work.num_requeued) == (4, 8)
+    assert work.seconds[0] == 1 / 4 and work.seconds[1] == 10 / 4
+    assert not made.work["digest"].done

@@ -17,6 +17,7 @@ from orchestrator.driver import Driver
 from orchestrator.records import (
     ChunkScores,
     ExampleScore,
+    FleetState,
     Probe,
     ProbeLoss,
     ReplicaInfo,
@@ -82,6 +83,9 @@ class ToyFleet:
     def snapshot(self, digest: str) -> None:
         assert digest == self.digests()["toy"]
         self.kept.append(digest)
+
+    def state(self) -> FleetState:
+        return FleetState()
 
     def close(self) -> None:
         pass

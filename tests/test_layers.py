@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
     {"presets", "templates", "answers", "reward_worker"},
-    {"config", "records", "environment", "output", "snapshot_folder"},
+    {"config", "records", "environment", "output", "run_log", "snapshot_folder"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
     | {"attention_triton", "log_softmax_triton", "norm_triton", "objectives"},
     {"rows", "charts", "rewards", "pieces"},
@@ -16,7 +16,7 @@ LAYERS = [
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches", "dispatch"}
     | {"placement", "seats"},
     {"opt_native", "runner", "adapters", "parameters", "progress", "sweeps_numba", "sweeps_cuda"}
-    | {"run_folder"}
+    | {"run_folder", "cluster_metrics"}
     | {
         "prefix_slots",
         "score_attention",

@@ -106,7 +106,8 @@ def test_plain_output_tells_step_loss_gradient_speed_time_left_and_accuracy() ->
     terminal = io.StringIO()
     display = Display(terminal, num_steps=3)
     display.evaluation(BEFORE)
-    with display.live(0):
+    with display.live():
+        display.begin(0)
         for step in STEPS:
             display.step(step)
     summary = replace(SUMMARY, final_interval=(0.6, 0.85), best_step=2, best_dev=0.7)

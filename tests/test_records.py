@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.records import MARK_SIZE, StepUpdate, UpdateLog
+from orchestrator.records import MARK_SIZE, FleetState, ReplicaState, StepUpdate, UpdateLog
 
 
 def test_a_log_gives_the_updates_that_were_appended() -> None:
@@ -70,3 +70,16 @@ def test_a_log_is_small() -> None:
         log.append(StepUpdate(step, tuple(range(16)), (0.5,) * 16, 1.0))
     held = log._seeds, log._coefficients, log._decays, log._ends, log._marks
     assert sum(map(sys.getsizeof, held)) < 1.2 * 2000 * (16 * 16 + 40)
+
+
+def test_the_slowest_replica_that_is_up_tells_how_far_the_fleet_lags() -> None:
+    replicas = (
+        ReplicaState("replica 0", "computing", 30, 9),
+        ReplicaState("replica 1", "ready", 10, 7),
+        ReplicaState("replica 2", "catching up", 0, 0),
+        ReplicaState("replica 3", "empty", 0, 2),
+    )
+    fleet = FleetState(replicas, num_steps=10)
+    assert (fleet.num_up, fleet.lag, fleet.shares()) == (2, 3, [0.75, 0.25, 0, 0])
+    down = FleetState(replicas[2:], num_steps=10)
+    assert (down.num_up, down.lag, down.shares()) == (0, 0, [0, 0])

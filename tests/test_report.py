@@ -304,3 +304,17 @@ def test_the_interval_ends_where_a_true_share_would_be_1_96_deviations_off(right
         if end not in (0.0, 1.0):
             deviation = math.sqrt(end * (1 - end) / number)
             assert abs(share - end) == pytest.approx(1.959964 * deviation, rel=1e-9)
+
+
+def test_replicas_shares_of_the_work_are_told_where_they_are_several(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    def told(name: str, probes: dict[str, int]) -> str:
+        fleet = {"probes": probes, "copied": 3, "requeued": 1}
+        folder = make_run(tmp_path / name, recipe, 6, final_accuracy=0.75, versions={}, fleet=fleet)
+        return " ".join(read(folder)[1].text)
+
+    of_two = told("two", {"replica 0": 1500, "replica <1>": 500})
+    assert "replica 0 1,500 (75.0 %)" in of_two and "replica <1> 500 (25.0 %)" in of_two
+    assert "computed once more 3" in of_two and "given to others 1" in of_two
+    assert "replica 0" not in told("one", {"replica 0": 2000})
