@@ -41,12 +41,13 @@ NEWS_S = 15.0  # between two messages about what is being waited for
 ON_THE_WAY: dict[State, str] = {"loading": "to load the model", "catching up": "to catch up"}
 NEWS_OF_DEATH_S = 10.0  # until Ray tells of a process that has died
 LOOK_S = 3.0  # between two looks at the cluster's nodes
-# What Ray says when a process or a node is gone.
+# What Ray says when a process or a node is gone, or a node could not start a process.
 DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.NodeDiedError,
+    ray.exceptions.RuntimeEnvSetupError,
 )
 # Exceptions in a replica that are the machine's doing: memory that ran out, a GPU that fell off.
 # By name, for torch's are not known here.
