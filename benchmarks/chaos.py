@@ -69,18 +69,18 @@ class Event:
     after_s: float
     """Seconds into the step's evaluation."""
     is_calm: bool
-    """Whether all replicas that have a place are up by then; else the last harm may not be over."""
+    """Whether there is a replica on each node by then; else the last harm may not be over."""
     victim: int
     """Which of the replicas or nodes there are, counted round."""
 
 
-def plan(seed: int, num_steps: int) -> list[Event]:
+def plan(seed: int, num_steps: int, harm: Sequence[str] = HARM) -> list[Event]:
     """The events of a run, in their order."""
     draw = random.Random(seed)
-    kinds = list(HARM)
+    kinds = list(harm)
     draw.shuffle(kinds)
     nodes = [place for place, kind in enumerate(kinds) if kind in ("remove", "add")]
-    for place, kind in zip(nodes, ("remove", "add"), strict=True):
+    for place, kind in zip(nodes, ("remove", "add"), strict=False):
         kinds[place] = kind
     # The first step of all, and the last, are as good as any.
     steps = sorted(draw.choices(range(1, num_steps), k=len(kinds)))
@@ -154,8 +154,6 @@ class Victim:
     recipe: Path
     cluster: Cluster
     processes: Processes
-    num_replicas: int = 0
-    """That the latest driver was started for: one for each node there was."""
     driver: subprocess.Popen[bytes] | None = None
 
     @property
@@ -170,13 +168,8 @@ class Victim:
     def said(self) -> Path:
         return self.folder.with_name("said.txt")
 
-    @property
-    def num_places(self) -> int:
-        return min(self.num_replicas, len(self.cluster.worker_nodes))
-
     def start(self) -> None:
         """The driver, of a new run or of one that goes on."""
-        self.num_replicas = len(self.cluster.worker_nodes)
         arguments = [str(self.recipe), f"run.dir={self.folder}"]
         if self.ledger.exists():
             arguments = ["--resume", str(self.folder)]
@@ -190,7 +183,7 @@ class Victim:
                     "train",
                     *arguments,
                 ]
-                + ["fleet.kind=ray", f"fleet.num_replicas={self.num_replicas}"],
+                + ["fleet.kind=ray", "fleet.num_replicas=auto"],
                 stdout=said,
                 stderr=said,
                 cwd=ROOT,
@@ -286,7 +279,13 @@ class Outcome:
         }
 
 
-def survive(seed: int, recipe: Path, undisturbed: bytes, num_nodes: int = NUM_NODES) -> Outcome:
+def survive(
+    seed: int,
+    recipe: Path,
+    undisturbed: bytes,
+    num_nodes: int = NUM_NODES,
+    harm: Sequence[str] = HARM,
+) -> Outcome:
     """One run under the harm that `seed` draws; `undisturbed` is the ledger that it must have."""
     outcome, started = Outcome(seed), time.monotonic()
     steps = yaml.safe_load(recipe.read_text())["run"]["steps"]
@@ -295,9 +294,9 @@ def survive(seed: int, recipe: Path, undisturbed: bytes, num_nodes: int = NUM_NO
     # Ray's sockets lie below it, and their paths may have but 107 characters.
     place = Path(tempfile.mkdtemp(prefix="chaos"))
     try:
-        with _cluster(num_nodes, place / "ray") as cluster:
+        with ray_nodes(num_nodes, place / "ray") as cluster:
             victim = Victim(place / "run", recipe, cluster, processes)
-            _see_through(victim, plan(seed, steps), outcome)
+            _see_through(victim, plan(seed, steps, harm), outcome)
             outcome.left += processes.left(REPLICA)
         outcome.is_equal = victim.ledger.read_bytes() == undisturbed
         outcome.lost = victim.said.read_text().count("; starting it anew")
@@ -324,7 +323,9 @@ def _see_through(victim: Victim, events: Sequence[Event], outcome: Outcome) -> N
     for event in events:
         victim.come_to(event.step)
         if event.is_calm:
-            victim.wait_for(lambda: victim.num_up() >= victim.num_places, "all replicas")
+            victim.wait_for(
+                lambda: victim.num_up() == len(victim.cluster.worker_nodes), "all replicas"
+            )
         if event.kind == "driver":  # caught while it takes steps
             victim.hold(event.step + 1)
         time.sleep(event.after_s)
@@ -341,10 +342,10 @@ def _see_through(victim: Victim, events: Sequence[Event], outcome: Outcome) -> N
 
 
 @contextmanager
-def _cluster(num_nodes: int, folder: Path) -> Iterator[Cluster]:
+def ray_nodes(num_nodes: int, folder: Path, **head: Any) -> Iterator[Cluster]:
     """A head without room for replicas, and nodes with room for one each."""
-    head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(folder)}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    arguments = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(folder), **head}
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
     try:
         for _ in range(num_nodes):
             cluster.add_node(wait=False, num_cpus=1)
