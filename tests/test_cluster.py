@@ -63,12 +63,12 @@ def short() -> Iterator[Path]:
         yield Path(folder)
 
 
-def finish(command: list[str], **options: Any) -> tuple[str, set[int]]:
+def finish(command: list[str], processes: chaos.Processes, **options: Any) -> tuple[str, set[int]]:
     """What a command prints, and the parents of the replicas that there were: their nodes."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
-    processes, nodes = chaos.Processes(), set[int]()
+    nodes: set[int] = set()
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         for replica in processes.named(chaos.REPLICA):
@@ -106,6 +106,7 @@ def test_a_ray_job_over_three_nodes_gives_the_local_ledger(
 ) -> None:
     """As README.md has it: submitted through the jobs' port, its output followed, from a checkout
     that is sent along; one replica finds room on each node."""
+    processes = chaos.Processes()
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     shutil.copy(ROOT / "launch.py", checkout)
@@ -118,6 +119,7 @@ def test_a_ray_job_over_three_nodes_gives_the_local_ledger(
         told, parents = finish(
             [*submit, "--working-dir", str(checkout), "--", *train, "fleet.kind=ray"]
             + [f"run.dir={tmp_path / 'run'}"],
+            processes,
             cwd=tmp_path,
         )
     assert "starting 3 ray replicas" in told  # what the job prints reaches who submitted it
@@ -192,6 +194,7 @@ def test_a_run_over_a_network_gives_the_local_ledger(
             told, parents = finish(
                 network.on(0, [*train, "fleet.kind=ray", "fleet.num_replicas=2"])
                 + [f"run.dir={tmp_path / 'run'}"],
+                processes,
                 env={**os.environ, "RAY_ADDRESS": address},
             )
         finally:
