@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import ray.util.scheduling_strategies
 
-from orchestrator import dist_patch, environment, output, placement
+from orchestrator import dist_patch, environment, output, placement, reward_worker
 from orchestrator.config import Config, ConfigError
 from orchestrator.dispatch import Dispatcher, Limits, TaskLost, pause_before_attempt
 from orchestrator.records import (
@@ -67,6 +67,8 @@ class ReplicaActor:
     ) -> ReplicaInfo:
         """Load everything. Not in the constructor: Ray tells why a call failed, but not why a
         constructor did. All ranks must be loading for one to end."""
+        # With its node's Ray, even if it hangs then: else its memory would never be given back.
+        reward_worker.end_with(os.getppid())
         if log.parent.is_dir():  # another node may not have the run folder
             output.divert(log)
         dist_patch.apply(device)
