@@ -131,6 +131,14 @@ class Processes:
             time.sleep(0.2)
         return [_told(process) for process in found]
 
+    def shared_files(self) -> set[str]:
+        """Files in /dev/shm that they have in their memory; others' programs have some too."""
+        found = set()
+        for process in self:
+            with suppress(psutil.Error):
+                found |= {each.path for each in process.memory_maps()}
+        return {path for path in found if path.startswith("/dev/shm/")}
+
     def kill(self) -> None:
         for process in self:
             with suppress(psutil.Error):
@@ -155,6 +163,8 @@ class Victim:
     cluster: Cluster
     processes: Processes
     driver: subprocess.Popen[bytes] | None = None
+    shared: set[str] = field(default_factory=set)
+    """Files in /dev/shm that its processes were seen with."""
 
     @property
     def ledger(self) -> Path:
@@ -234,6 +244,7 @@ class Victim:
 
     def harm(self, event: Event) -> None:
         assert self.driver is not None
+        self.shared |= self.processes.shared_files()
         if event.kind == "add":
             self.cluster.add_node(num_cpus=1)
         elif event.kind == "remove":
@@ -289,7 +300,6 @@ def survive(
     """One run under the harm that `seed` draws; `undisturbed` is the ledger that it must have."""
     outcome, started = Outcome(seed), time.monotonic()
     steps = yaml.safe_load(recipe.read_text())["run"]["steps"]
-    shared = set(os.listdir("/dev/shm"))
     processes = Processes()
     # Ray's sockets lie below it, and their paths may have but 107 characters.
     place = Path(tempfile.mkdtemp(prefix="chaos"))
@@ -306,7 +316,7 @@ def survive(
             for path in victim.folder.iterdir()
             if path.name not in FILES and not path.name.startswith("events.out.tfevents")
         ]
-        outcome.left += [f"/dev/shm/{name}" for name in _ours(set(os.listdir("/dev/shm")) - shared)]
+        outcome.left += sorted(path for path in victim.shared if os.path.exists(path))
     except Exception as error:
         outcome.failure = f"{type(error).__name__}: {error}"
     finally:
@@ -353,15 +363,6 @@ def ray_nodes(num_nodes: int, folder: Path, **head: Any) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.shutdown()
-
-
-def _ours(names: set[str]) -> list[str]:
-    """Those of the files in /dev/shm that no process of another run has open."""
-    used = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            used |= {Path(each.path).name for each in process.memory_maps()}
-    return sorted(name for name in names - used if (Path("/dev/shm") / name).exists())
 
 
 # ---------------------------------------------------------------- what is run

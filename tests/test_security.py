@@ -268,11 +268,8 @@ def test_a_strangers_run_has_no_code_run_that_the_user_does_not_name(
     config = load(rewarded / "theirs.yaml", [f"task.reward.path={rewarded}"])
     (rewarded / "config.yaml").write_text(config.dump())
     again = f"task.reward.path={rewarded}"
-    for verb in (
-        ["train", "--resume", rewarded],
-        ["eval", rewarded, "--out", tmp_path / "x.jsonl"],
-    ):
-        told = mistake(*verb)
+    resumed = mistake("train", "--resume", rewarded)
+    for told in (resumed, mistake("eval", rewarded, "--out", tmp_path / "x.jsonl")):
         assert told.count(again) == 2 and "if you trust it, add" in told
         assert not (tmp_path / "has_run").exists()
     assert run_folder.reopen(rewarded, [again]).config.task.reward is not None
