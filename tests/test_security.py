@@ -336,3 +336,27 @@ def test_a_ray_of_our_own_is_private_and_no_secret_is_written(
     for name, value in SECRETS.items():
         assert value not in printed
         assert [each for each, text in texts.items() if value.encode() in text] == [], name
+
+
+def test_a_signal_to_end_is_honoured_whatever_becomes_of_it() -> None:
+    """Here somebody swallows the exception, and goes on for ever."""
+    program = """
+        import signal, time
+        import launch
+        launch.GRACE_S = 0.5
+        signal.signal(signal.SIGTERM, launch._interrupt)
+        while True:
+            try:
+                print("ready", flush=True)
+                time.sleep(60)
+            except KeyboardInterrupt:
+                print("swallowed", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.terminate()
+        printed, told = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (130, "swallowed\nready\n")
+    assert "interrupted; ended without a close" in told
