@@ -20,17 +20,22 @@ command, the recipe or the data, 130 interrupted.
 """
 
 import argparse
+import faulthandler
 import logging
+import os
+import shlex
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import FrameType
 
 from orchestrator import environment, inspection, output, run_folder, run_log, runs
-from orchestrator.config import ConfigError
+from orchestrator.config import Config, ConfigError
 
 AT_HELP = "the state after so many steps, or after the best look at dev rows; default: the last"
+GRACE_S = 30.0  # from a signal to the end
 logger = logging.getLogger(f"{run_log.LOGGER}.launch")
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -77,6 +82,7 @@ def main() -> int:
 def _without_fleet(arguments: argparse.Namespace) -> None:
     """The verbs that read a run's folder and load no model."""
     folder = Path(arguments.source)
+    run_folder.refuse_what_leads_elsewhere(folder)
     if arguments.command == "report":
         print(runs.report(folder))
     elif arguments.command == "inspect":
@@ -85,7 +91,7 @@ def _without_fleet(arguments: argparse.Namespace) -> None:
     else:
         fork = run_folder.branch(folder, arguments.folder, arguments.overrides)
         run_folder.fork(fork, folder, arguments.at)
-        print(f"continue with: python launch.py train --resume {arguments.folder}")
+        print(_how_to_resume(fork.config, arguments.folder))
 
 
 def _open(arguments: argparse.Namespace) -> run_folder.Run:
@@ -96,17 +102,22 @@ def _open(arguments: argparse.Namespace) -> run_folder.Run:
         return run_folder.reopen(Path(arguments.resume), arguments.overrides)
     source = Path(arguments.source)
     if arguments.command == "export" or (arguments.command == "eval" and source.is_dir()):
-        return run_folder.reopen(source, arguments.overrides)
+        judges = arguments.command == "eval"
+        return run_folder.reopen(source, arguments.overrides, judges=judges)
     return run_folder.choose(source, arguments.overrides)
 
 
 def _how_to_go_on(arguments: argparse.Namespace, run: run_folder.Run | None) -> str:
     if run is None or arguments.command != "train" or not run.ledger_path.exists():
         return ""
-    return (
-        f"; the ledger is whole. Details: {run.log_path}\n"
-        f"continue with: python launch.py train --resume {run.folder}"
-    )
+    resume = _how_to_resume(run.config, run.folder)
+    return f"; the ledger is whole. Details: {run.log_path}\n{resume}"
+
+
+def _how_to_resume(config: Config, folder: Path) -> str:
+    """With what the recipe lets run, which is to be said again."""
+    overrides = map(shlex.quote, run_folder.code_overrides(config))
+    return " ".join(["continue with: python launch.py train --resume", str(folder), *overrides])
 
 
 def _tell(message: str) -> None:
@@ -117,7 +128,20 @@ def _tell(message: str) -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """End as on Ctrl-C; and all the same where a library swallows that, or never comes to its end.
+
+    Nothing is lost thereby: what is in the ledger is on disk.
+    """
+    deadline = threading.Timer(GRACE_S, _end)
+    deadline.daemon = True
+    deadline.start()
     raise KeyboardInterrupt
+
+
+def _end() -> None:
+    faulthandler.dump_traceback()  # into the run's log
+    _tell(f"interrupted; ended without a close, which took longer than {GRACE_S:.0f} s")
+    os._exit(INTERRUPTED)
 
 
 def _at(text: str) -> runs.At:

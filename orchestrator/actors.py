@@ -18,7 +18,7 @@ import ray
 import ray.util.metrics
 import ray.util.scheduling_strategies
 
-from orchestrator import dist_patch, environment, output, placement, run_log
+from orchestrator import dist_patch, environment, output, placement, reward_worker, run_log
 from orchestrator.config import Config, ConfigError
 from orchestrator.dispatch import Dispatcher, Limits, TaskLost, pause_before_attempt
 from orchestrator.pieces import Pieces, joined
@@ -46,12 +46,13 @@ NEWS_S = 15.0  # between two messages about what is being waited for
 ON_THE_WAY: dict[State, str] = {"loading": "to load the model", "catching up": "to catch up"}
 NEWS_OF_DEATH_S = 10.0  # until Ray tells of a process that has died
 LOOK_S = 3.0  # between two looks at the cluster's nodes
-# What Ray says when a process or a node is gone.
+# What Ray says when a process or a node is gone, or a node could not start a process.
 DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.NodeDiedError,
+    ray.exceptions.RuntimeEnvSetupError,
 )
 # Exceptions in a replica that are the machine's doing: memory that ran out, a GPU that fell off.
 # By name, for torch's are not known here.
@@ -84,6 +85,8 @@ class ReplicaActor:
 
         Not in the constructor: Ray tells why a call failed, but not why a constructor did. All
         ranks must be loading for one to end."""
+        # With its node's Ray, even if it hangs then: else its memory would never be given back.
+        reward_worker.end_with(os.getppid())
         if log.parent.is_dir():  # another node may not have the run folder
             output.divert(log)
         dist_patch.apply(device)

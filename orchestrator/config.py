@@ -25,6 +25,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
+LONGEST_FILE = 1 << 20  # bytes; more is no recipe
+
+
 class ConfigError(ValueError):
     """A mistake of the user's, told in one line that names the key or file and the value."""
 
@@ -618,12 +621,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {_first_message(error)}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values only: no tags that make objects, and no aliases, of which a few lines could
+    stand for more text than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*): write the value out", None)
+        return super().compose_node(parent, index)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST_FILE + 1)
+        if len(text) > LONGEST_FILE:
+            raise ConfigError(f"{path}: is longer than {LONGEST_FILE:,} characters, so no recipe")
+        values = yaml.load(text, _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold sections ({', '.join(Config.model_fields)})")
@@ -643,8 +662,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{override!r}: {parent} is a value, not a section")
         values = child
     try:
-        values[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # such as a template, which begins with a brace
+        values[last] = yaml.load(text, _Loader)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ):  # such as a template, which begins with a brace
         values[last] = text
 
 

@@ -32,3 +32,7 @@ def prepare(threads: int) -> None:
     """Set the variables of this process, except those that the user has set."""
     for name, value in variables(threads).items():
         os.environ.setdefault(name, value)
+    if not os.environ.get("RAY_ADDRESS"):
+        # Ray runs whatever it is sent, and asks nobody who he is. One that is started here for one
+        # run listens on the loopback address alone; without this, on all, whatever its options say.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

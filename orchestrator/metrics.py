@@ -20,6 +20,7 @@ LEDGER_FILE = "ledger.jsonl"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 LOG_FILE = "log.txt"
+LONGEST_LINE = 1 << 20  # bytes; more is no line of ours, and is not read into memory
 DEV_EVALUATION = "dev_evaluation"  # kind of a line; "evaluation" is of test rows
 
 
@@ -231,11 +232,11 @@ def entries(folder: Path) -> Iterator[dict[str, Any]]:
     path = folder / METRICS_FILE
     if not path.is_file():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST_LINE):
             try:
-                entry = json.loads(line)
-            except ValueError:
+                entry = json.loads(line.decode(errors="replace"))
+            except (ValueError, RecursionError):
                 continue
             if _is_whole(entry):
                 yield entry
@@ -298,9 +299,10 @@ def lost(folder: Path) -> dict[str, int] | None:
 def read_summary(folder: Path) -> Summary | None:
     """What a finished run came to; None for one that has no summary, or none that can be read."""
     try:
-        values = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        with (folder / SUMMARY_FILE).open("rb") as file:
+            values = json.loads(file.read(LONGEST_LINE))
         return Summary(**_with_tuples(values))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

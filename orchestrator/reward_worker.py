@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 def main() -> None:
     descriptor, parent, target = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    _end_with(parent)
+    end_with(parent)
     os.set_inheritable(descriptor, False)  # what the function starts must not hold it open
     channel = socket.socket(fileno=descriptor)
     try:
@@ -46,7 +46,7 @@ def main() -> None:
         _send(channel, answer)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Let the system kill this process when the one that started it ends, however that ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

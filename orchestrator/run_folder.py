@@ -5,6 +5,7 @@ Knows neither fleets nor the algorithm.
 """
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -62,6 +63,7 @@ def choose(path: Path, overrides: Sequence[str]) -> Run:
             "deletes the job's own working directory"
         )
     folder = config.run.dir or RUNS_FOLDER / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    refuse_what_leads_elsewhere(Path(folder))
     run = _checked(config, Path(folder))
     if run.ledger_path.exists():
         raise ConfigError(
@@ -71,11 +73,13 @@ def choose(path: Path, overrides: Sequence[str]) -> Run:
     return run
 
 
-def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
-    """The run in a folder; overrides may change what does not decide its ledger."""
-    path = folder / metrics.CONFIG_FILE
-    if not path.is_file():
-        raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
+def reopen(folder: Path, overrides: Sequence[str] = (), *, judges: bool = True) -> Run:
+    """The run in a folder; overrides may change what does not decide its ledger.
+
+    What lets code run must be among them again, for the folder may be a stranger's; a reward only
+    if what is to be done with the run `judges` texts.
+    """
+    path = recipe_in(folder)
     culprit = _culprit(path, overrides, Config.identity)
     if culprit is not None:
         raise ConfigError(
@@ -87,10 +91,53 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Run:
             "run.verify_cache and, with model.score_graphs=false, space.master between float32 "
             "and host"
         )
-    run = _checked(load(path, overrides), folder)
+    config = load(path, overrides)
+    said_again = {override.partition("=")[0] for override in overrides}
+    for override in code_overrides(config, judges=judges):
+        if override.partition("=")[0] not in said_again:
+            raise ConfigError(
+                f"{override}: {path} has code run that comes from elsewhere; if you trust it, add "
+                f"{override} to the command"
+            )
+    run = _checked(config, folder)
     if run.ledger_path.exists():
         Ledger.read(run.ledger_path)  # refuse a damaged one before anything starts
     return run
+
+
+def recipe_in(folder: Path) -> Path:
+    """The recipe of the run in a folder. Refuses a folder that is no run's."""
+    refuse_what_leads_elsewhere(folder)
+    path = folder / metrics.CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
+    return path
+
+
+def refuse_what_leads_elsewhere(folder: Path) -> None:
+    """Refuse a folder with links out of it, through which a stranger's run would have ours write
+    into other files; or with pipes and the like, on which reading it would hang."""
+    root = folder.resolve()
+    for place, folders, files in os.walk(root):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # a run that goes on has given a file its final name
+                continue
+            if stat.S_ISLNK(mode) and not path.resolve().is_relative_to(root):
+                raise ConfigError(f"{path}: leads out of the run folder, to {path.resolve()}")
+            if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ConfigError(f"{path}: is no plain file; a run folder holds no others")
+
+
+def code_overrides(config: Config, *, judges: bool = True) -> list[str]:
+    """The keys by which a recipe lets code run that is not ours, as overrides."""
+    said = []
+    if config.model.trust_remote_code:
+        said.append("model.trust_remote_code=true")
+    if judges and config.task.reward is not None:
+        said.append(f"task.reward.path={config.task.reward.path}")
+    return said
 
 
 def branch(folder: Path, new_folder: Path, overrides: Sequence[str]) -> Run:
@@ -98,9 +145,7 @@ def branch(folder: Path, new_folder: Path, overrides: Sequence[str]) -> Run:
 
     Refuses to change what the steps so far mean, which the fork takes over.
     """
-    path = folder / metrics.CONFIG_FILE
-    if not path.is_file():
-        raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
+    path = recipe_in(folder)
     if new_folder.exists():
         raise ConfigError(f"{new_folder}: exists already; name a folder that is to be made")
     culprit = _culprit(path, overrides, Config.meaning)
