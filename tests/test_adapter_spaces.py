@@ -192,7 +192,7 @@ def test_a_replay_of_low_rank_steps_takes_many_in_a_pass(
     choices = {"others": others, "master": master, "refresh": refresh}
     found, passes = [], []
     for is_fused in (False, True):
-        engine, space = make("llama", dtype, kind="low_rank", rank=2, slots=2, **choices)
+        engine, space = make("llama", dtype=dtype, kind="low_rank", rank=2, slots=2, **choices)
         assert isinstance(space, LowRankSpace)
         table = space._trained._table
         sweep = table.low_rank_update
