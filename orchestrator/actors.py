@@ -41,6 +41,7 @@ from orchestrator.seats import Seat, Seats, State
 
 logger = logging.getLogger(__name__)
 Exporter = Callable[[str, str], Any]
+MOST_PLACEMENTS = 4  # failures of Ray to make a process, some seconds apart
 NEWS_S = 15.0  # between two messages about what is being waited for
 # A seat's states before its actor is up, and what is then waited for.
 ON_THE_WAY: dict[State, str] = {"loading": "to load the model", "catching up": "to catch up"}
@@ -191,7 +192,7 @@ class ActorFleet:
         self._last_news = time.monotonic()
         self._resize(nodes)
         while self._dispatcher.is_short:
-            has_failed = bool(self._last_loss) and all(seat.failures for seat in self._seats)
+            has_failed = bool(self._last_loss) and all(map(_has_failed_to_start, self._seats))
             if has_failed and self._info is None:
                 raise self._too_few_left()
             self._attend()
@@ -517,6 +518,7 @@ class ActorFleet:
         logger.warning("%s %s while %s: %s", seat.name, reason, seat.state, reason.__cause__)
         self._last_loss = f"{seat.name} {reason}"
         was_ready = seat.state in ("ready", "writing")
+        seat.was_placed = seat.state != "placing"
         self._dismiss(seat)
         seat.enter("empty", time.monotonic())
         seat.failures += 1
@@ -612,6 +614,12 @@ def _in_group(group: Any, rank: int) -> Any:
     return ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
         placement_group=group, placement_group_bundle_index=rank
     )
+
+
+def _has_failed_to_start(seat: Seat) -> bool:
+    """Whether a replica that has never answered will not: its process has died of what it loads,
+    or the machines have failed again and again to make one."""
+    return seat.failures >= (1 if seat.was_placed else MOST_PLACEMENTS)
 
 
 def _free_resources() -> str:

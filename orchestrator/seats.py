@@ -28,6 +28,8 @@ class Seat:
     """When the state began."""
     failures: int = 0
     """Actors that were lost since one last answered a task."""
+    was_placed: bool = False
+    """Whether the actor that was lost last had begun to load."""
     num_applied: int = 0
     """Updates that the actor was sent, or found in a snapshot."""
     num_confirmed: int = 0

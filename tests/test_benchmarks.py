@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,8 @@ def test_two_gpus_compares_fleets(tmp_path: Path, capsys: pytest.CaptureFixture[
     (path,) = tmp_path.glob("two-gpus-*.json")
     rows = json.loads(path.read_text())["rows"]
     assert len({row["what"] for row in rows}) == len(rows) == 6
-    assert all(row["ours"] > 0 for row in rows[:4])
+    assert rows[0]["ours"] > 0
+    # What is beside a replica's own time may come out below 0 where a copy outlasts the step.
+    assert all(math.isfinite(row["ours"]) for row in rows[:4])
     if measure.DTYPE == "float32":
         assert all(row["ours"] < 100 for row in rows[4:])  # millionths

@@ -302,6 +302,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) ->
         "RAY_TMPDIR": str(sessions),
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_ADDRESS": "",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # this process has it for Rays of its own
     }
     sessions.mkdir()
     made = Cluster(words, folder, environment, (metrics, agents[2]))

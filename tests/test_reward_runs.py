@@ -273,7 +273,7 @@ def test_runs_with_actors_from_the_command_line(
         assert "hidden" not in done.stdout + done.stderr
     assert lines[0] == lines[1]
     out = tmp_path / "scores.jsonl"
-    done = launch("eval", folder, "--out", out)
+    done = launch("eval", folder, "--out", out, f"task.reward.path={tmp_path}")
     assert done.returncode == 0 and "after 3 steps: reward " in done.stdout, done.stdout
     scores = [json.loads(line) for line in out.read_text().splitlines()]
     assert sum(score["value"] for score in scores) / 10 == pytest.approx(summary["final_accuracy"])
