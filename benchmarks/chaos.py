@@ -29,6 +29,7 @@ from uuid import uuid4
 
 import psutil
 import yaml
+from ray._common.utils import get_default_ray_temp_dir
 from ray.cluster_utils import Cluster
 
 from orchestrator import environment
@@ -354,6 +355,8 @@ def _see_through(victim: Victim, events: Sequence[Event], outcome: Outcome) -> N
 @contextmanager
 def ray_nodes(num_nodes: int, folder: Path, **head: Any) -> Iterator[Cluster]:
     """A head without room for replicas, and nodes with room for one each."""
+    # Ray notes the newest cluster's address there, wherever the cluster itself keeps its files.
+    Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
     arguments = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(folder), **head}
     cluster = Cluster(initialize_head=True, head_node_args=arguments)
     try:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def short() -> Iterator[Path]:
 
 def finish(command: list[str], processes: chaos.Processes, **options: Any) -> tuple[str, set[int]]:
     """What a command prints, and the parents of the replicas that there were: their nodes."""
+    # A process that a replica starts bears the replica's name at first, and is no replica.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
@@ -72,10 +74,9 @@ def finish(command: list[str], processes: chaos.Processes, **options: Any) -> tu
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         for replica in processes.named(chaos.REPLICA):
-            try:
-                nodes.add(replica.ppid())
-            except psutil.Error:  # it has ended
-                continue
+            with suppress(psutil.Error):  # it has ended
+                if (parent := replica.parent()) and "raylet" in parent.name():
+                    nodes.add(parent.pid)
         time.sleep(0.5)
     process.kill()
     printed, _ = process.communicate()
