@@ -30,6 +30,7 @@ from uuid import uuid4
 import psutil
 import yaml
 from ray._common.utils import get_default_ray_temp_dir
+from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 from orchestrator import environment
@@ -359,6 +360,8 @@ def ray_nodes(num_nodes: int, folder: Path, **head: Any) -> Iterator[Cluster]:
     Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
     arguments = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(folder), **head}
     cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    # As `ray start --temp-dir` does: a job finds its cluster by it, among all on the machine.
+    write_ray_address(cluster.address, str(folder))
     try:
         for _ in range(num_nodes):
             cluster.add_node(wait=False, num_cpus=1)
