@@ -139,7 +139,10 @@ class RewardPool:
         while len(judged) < len(samples):
             self._fill(min(self._reward.workers, len(samples) - len(judged)))
             for worker in [worker for worker in self._workers if not worker.is_busy]:
-                if waiting and worker.process.poll() is None:
+                if worker.process.poll() is not None:
+                    # What it started may hold its channel open, so that this tells no end.
+                    self._lose(worker, "crash", "its process ended")
+                elif waiting:
                     index = waiting.popleft()
                     try:
                         worker.ask(index, samples[index], self._reward.timeout)

@@ -75,7 +75,8 @@ class Seats:
 
     def __iter__(self) -> Iterator[Seat]:
         """In the order of their numbers."""
-        return iter([self._seats[number] for number in sorted(self._seats)])
+        seats = self._seats.copy()  # at once: other threads look while seats come and go
+        return iter([seats[number] for number in sorted(seats)])
 
     def __len__(self) -> int:
         return len(self._seats)

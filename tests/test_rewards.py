@@ -47,6 +47,12 @@ MODULE = """
     def process(row, text):
         return os.getpid()
 
+    def fork(row, text):
+        if row.get("forks") and os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        return os.getpid()
+
     def variables(row, text):
         return sum(name in os.environ for name in row["names"])
 
@@ -154,6 +160,16 @@ def test_what_a_worker_started_ends_with_it(make: Make, tmp_path: Path) -> None:
     pool = make(timeout=2.0, workers=1)
     assert pool.judge([({"file": str(file)}, "children")]) == [Judged(LOST, "timeout")]
     assert has_ended(int(file.read_text()))
+
+
+def test_a_worker_that_dies_idle_is_replaced_whatever_it_has_forked(make: Make) -> None:
+    """A forked child holds the worker's channel open, which then tells of no end."""
+    pool = make("fork", timeout=5.0, workers=1)
+    (first,) = pool.judge([({"forks": True}, "")])
+    pool._workers[0].process.send_signal(signal.SIGKILL)
+    pool._workers[0].process.wait()
+    (second,) = pool.judge([({}, "")])
+    assert (second.failure, second.value != first.value) == (None, True)
 
 
 def test_workers_end_with_the_process_that_started_them(make: Make, tmp_path: Path) -> None:
