@@ -66,7 +66,6 @@ def short() -> Iterator[Path]:
 
 def finish(command: list[str], processes: chaos.Processes, **options: Any) -> tuple[str, set[int]]:
     """What a command prints, and the parents of the replicas that there were: their nodes."""
-    # A process that a replica starts bears the replica's name at first, and is no replica.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
@@ -75,6 +74,7 @@ def finish(command: list[str], processes: chaos.Processes, **options: Any) -> tu
     while process.poll() is None and time.monotonic() < deadline:
         for replica in processes.named(chaos.REPLICA):
             with suppress(psutil.Error):  # it has ended
+                # What a replica starts bears the replica's name at first, and has it for a parent.
                 if (parent := replica.parent()) and "raylet" in parent.name():
                     nodes.add(parent.pid)
         time.sleep(0.5)
