@@ -44,7 +44,12 @@ Exporter = Callable[[str, str], Any]
 MOST_PLACEMENTS = 4  # failures of Ray to make a process, some seconds apart
 NEWS_S = 15.0  # between two messages about what is being waited for
 # A seat's states before its actor is up, and what is then waited for.
-ON_THE_WAY: dict[State, str] = {"loading": "to load the model", "catching up": "to catch up"}
+ON_THE_WAY: dict[State, str] = {
+    "loading": "to load the model",
+    "replaying": "to replay the ledger",
+    "catching up": "to catch up",
+}
+REPLAYED_AT_ONCE = 100  # updates: of the largest models a call's take minutes, not hours
 NEWS_OF_DEATH_S = 10.0  # until Ray tells of a process that has died
 LOOK_S = 3.0  # between two looks at the cluster's nodes
 # What Ray says when a process or a node is gone, or a node could not start a process.
@@ -53,6 +58,7 @@ DEATHS = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,  # a large answer stays on its node until it is read
     ray.exceptions.RuntimeEnvSetupError,
 )
 # Exceptions in a replica that are the machine's doing: memory that ran out, a GPU that fell off.
@@ -192,13 +198,22 @@ class ActorFleet:
         self._last_news = time.monotonic()
         self._resize(nodes)
         while self._dispatcher.is_short:
-            has_failed = bool(self._last_loss) and all(map(_has_failed_to_start, self._seats))
-            if has_failed and self._info is None:
+            if self._cannot_start():
                 raise self._too_few_left()
             self._attend()
         assert self._info is not None  # a replica is up
         self._has_started = True
         return self._info
+
+    def _cannot_start(self) -> bool:
+        """Whether too few seats are left that may come up: before any has, those that have not
+        failed yet; then those that have not again and again, for what they load can be loaded."""
+        if self._info is None:
+            return len(self._seats) > 0 and all(map(_has_failed_to_start, self._seats))
+        hopeful = [
+            seat for seat in self._seats if seat.state == "ready" or seat.failures < MOST_PLACEMENTS
+        ]
+        return len(hopeful) < self._config.fleet.min_replicas <= len(self._seats)
 
     def close(self) -> None:
         self._seats.clear()
@@ -310,21 +325,22 @@ class ActorFleet:
                 ReplicaState(
                     seat.name,
                     "computing" if seat.state == "ready" and seat.num_awaited else seat.state,
-                    num_probes=work.done[seat.number],
+                    num_probes=round(work.done[seat.number]),
                     num_applied=seat.num_confirmed,
                     seconds=work.seconds.get(seat.number),
                 )
                 for seat in self._seats
             ),
             len(self._updates),
-            work.num_copied,
-            work.num_requeued,
+            round(work.num_copied),
+            round(work.num_requeued),
         )
 
-    def _call(self, seat: Seat, method: str, *arguments: Any) -> None:
-        """Ask all ranks of a replica, with the updates that it has not been sent."""
-        missing = self._updates[seat.num_applied :]
-        seat.num_applied = len(self._updates)
+    def _call(self, seat: Seat, method: str, *arguments: Any, upto: int | None = None) -> None:
+        """Ask all ranks of a replica, with the updates that it has not been sent: all, or those
+        before the `upto`-th."""
+        missing = self._updates[seat.num_applied : upto]
+        seat.num_applied += len(missing)
         self._ask(
             seat, [getattr(actor, method).remote(missing, *arguments) for actor in seat.actors]
         )
@@ -337,7 +353,7 @@ class ActorFleet:
     def _shared(
         self,
         kind: str,
-        sizes: Sequence[int],
+        sizes: Sequence[float],
         call: Callable[[Seat, int], None],
         homes: Sequence[int] | None = None,
     ) -> list[Any]:
@@ -429,6 +445,8 @@ class ActorFleet:
             if seat.num_applied:
                 self._say(f"{seat.name} starts from the snapshot of step {seat.num_applied}")
             self._catch_up(seat)
+        elif seat.state == "replaying":
+            self._catch_up(seat)
         elif seat.state == "catching up":
             self._join(seat)
         elif seat.state == "writing":
@@ -468,16 +486,21 @@ class ActorFleet:
 
     def _catch_up(self, seat: Seat) -> None:
         """Bring a replica to where the others are before it is given work, which would wait for
-        it: all updates, and the task that the others are at, so that it compiles and captures
-        what that takes. Its answer is dropped."""
-        if self._rehearsal is None and not len(self._updates):
-            self._join(seat)
-            return
-        seat.enter("catching up", time.monotonic())
-        if self._rehearsal is not None:
+        it: all updates, many of them in several calls, for each of which it has its time; with
+        the last the task that the others are at, so that it compiles and captures what that
+        takes. Its answer is dropped."""
+        missing = len(self._updates) - seat.num_applied
+        if missing > REPLAYED_AT_ONCE:
+            seat.enter("replaying", time.monotonic())
+            self._call(seat, "evaluate", [], upto=seat.num_applied + REPLAYED_AT_ONCE)
+        elif self._rehearsal is not None:
+            seat.enter("catching up", time.monotonic())
             self._rehearsal(seat)
-        else:
+        elif missing:
+            seat.enter("catching up", time.monotonic())
             self._call(seat, "evaluate", [])
+        else:
+            self._join(seat)
 
     def _join(self, seat: Seat) -> None:
         seat.enter("ready", time.monotonic())
@@ -645,7 +668,9 @@ def _result(seat: Seat, reference: Any, is_proven: bool) -> Any:
             raise _Lost("died") from error  # what one rank says of another's death
         cause = error.cause or error
         what = f"{type(cause).__name__}: {cause}"
-        is_machine = type(cause).__name__ in MACHINE_FAILURES or seat.state in ON_THE_WAY
+        # A snapshot is refused by a replica that differs, which its memory may have made it.
+        is_unasked = seat.state in (*ON_THE_WAY, "writing")
+        is_machine = type(cause).__name__ in MACHINE_FAILURES or is_unasked
         if is_proven and is_machine:
             raise _Lost(f"failed with {what}") from error
         if isinstance(cause, ConfigError):

@@ -8,7 +8,7 @@ computes it, and each task is answered once.
 
 import math
 from bisect import bisect_left, insort
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -44,13 +44,13 @@ class Limits:
 class Work:
     """What became of the units of work of one kind."""
 
-    done: Counter[int] = field(default_factory=Counter)
+    done: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     """By replica, those whose answers it was the first to give."""
     seconds: dict[int, float] = field(default_factory=dict)
     """By replica, of a unit in its latest answer."""
-    num_copied: int = 0
+    num_copied: float = 0
     """Those that were computed once more because they were slow."""
-    num_requeued: int = 0
+    num_requeued: float = 0
     """Those that waited anew because their replica was lost."""
 
 
@@ -86,7 +86,7 @@ class _Call:
     round: int
     kind: str
     task: int
-    size: int
+    size: float
     started: float
     is_first: bool
 
@@ -109,6 +109,7 @@ class Dispatcher:
         self._calls: dict[int, _Call] = {}  # by replica, the earliest first
         self._known: dict[int, set[str]] = {}  # the kinds of calls that a replica has answered
         self._times: dict[str, _Times] = {}
+        self._slowest: dict[str, float] = {}  # by kind, seconds a unit in any call
         self.work: defaultdict[str, Work] = defaultdict(Work)  # by kind
         self._short_since = clock()
         self._round = 0
@@ -177,7 +178,7 @@ class Dispatcher:
 
     # ---------------------------------------------------------------- work
 
-    def begin(self, kind: str, sizes: Sequence[int], homes: Sequence[int] | None = None) -> None:
+    def begin(self, kind: str, sizes: Sequence[float], homes: Sequence[int] | None = None) -> None:
         """A round of tasks, each for any replica. `sizes` are units of work; times are compared
         among calls of a `kind`.
 
@@ -196,7 +197,7 @@ class Dispatcher:
         self._own = {replica: task for task, replica in enumerate(replicas)}
         return replicas
 
-    def _begin(self, kind: str, sizes: Sequence[int]) -> None:
+    def _begin(self, kind: str, sizes: Sequence[float]) -> None:
         self._round += 1
         self._kind, self._sizes = kind, sizes
         self._waiting = dict.fromkeys(range(len(sizes)))
@@ -309,6 +310,7 @@ class Dispatcher:
         seconds = (self._clock() - call.started) / call.size
         work = self.work[call.kind]
         work.seconds[replica] = seconds
+        self._slowest[call.kind] = max(seconds, self._slowest.get(call.kind, 0.0))
         if call.is_first:
             self._known[replica].add(call.kind)
         else:
@@ -334,8 +336,9 @@ class Dispatcher:
     def _allowed(self, call: _Call) -> float:
         """Seconds that a call may take."""
         limits, median = self._limits, self._median(call.kind)
-        if median is None:
-            return math.inf
+        if median is None:  # of a few calls nothing but the longest tells
+            slowest = self._slowest.get(call.kind, math.inf)
+            return max(limits.first_call_s, limits.deadline_factor * slowest * call.size)
         usual = max(limits.deadline_floor_s, limits.deadline_factor * median * call.size)
         return max(limits.first_call_s, usual) if call.is_first else usual
 

@@ -184,15 +184,16 @@ def attend_from_new_rows_only() -> str:
         seq_lens: Any,
         extend_prefix_lens: Any,
         extend_seq_lens: Any,
-        *others: Any,
+        encoder_lens: Any = None,  # of cross-attention; SGLang passes it by its place
         **named: Any,
     ) -> Any:
         # [tokens, heads, head_dim]; each sequence's new rows lie one behind the other.
         window = named.get("sliding_window_size")
-        is_plain = named.get("causal") and named.get("encoder_lens") is None
-        if others or not is_plain or (window is not None and window > -1):
+        is_plain = named.get("causal") and encoder_lens is None
+        if not is_plain or (window is not None and window > -1):
             tables = (req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens)
-            return original(own, query, output, k_cache, v_cache, *tables, *others, **named)
+            others = (*tables, encoder_lens)
+            return original(own, query, output, k_cache, v_cache, *others, **named)
         lengths, sizes = seq_lens.tolist(), extend_seq_lens.tolist()
         start = 0
         for slot, length, size in zip(req_pool_indices.tolist(), lengths, sizes, strict=True):

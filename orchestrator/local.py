@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.config import Config
 from orchestrator.dispatch import Dispatcher, Limits
-from orchestrator.pieces import joined
+from orchestrator.pieces import Assignment, joined
 from orchestrator.records import (
     MARK_SIZE,
     ChunkScores,
@@ -69,16 +69,16 @@ class LocalFleet:
         losses = self._shared(
             "evaluate",
             [assignment.size for assignment in work],
-            lambda index, task: self._evaluated(index, work[task].probes),
+            lambda index, task: self._evaluated(index, work[task]),
             pieces.homes(work),
         )
         return joined(work, [loss for some in losses for loss in some])
 
-    def _evaluated(self, index: int, probes: Sequence[Probe]) -> list[ProbeLoss]:
+    def _evaluated(self, index: int, work: Assignment) -> list[ProbeLoss]:
         started, self._computing = time.monotonic(), index
-        losses = self._replicas[index].evaluate(self._missing(index), probes)
+        losses = self._replicas[index].evaluate(self._missing(index), work.probes)
         self._computing = None
-        self._seconds[index] = (time.monotonic() - started) / len(probes)
+        self._seconds[index] = (time.monotonic() - started) / work.size
         return losses
 
     def score(
@@ -96,7 +96,7 @@ class LocalFleet:
     def _shared(
         self,
         kind: str,
-        sizes: Sequence[int],
+        sizes: Sequence[float],
         call: Callable[[int, int], Any],
         homes: Sequence[int] | None = None,
     ) -> list[Any]:
@@ -135,7 +135,7 @@ class LocalFleet:
             ReplicaState(
                 f"replica {index}",
                 "computing" if index == self._computing else "ready",
-                num_probes=self._dispatcher.work["evaluate"].done[index],
+                num_probes=round(self._dispatcher.work["evaluate"].done[index]),
                 num_applied=applied,
                 seconds=self._seconds.get(index),
             )

@@ -51,7 +51,8 @@ def _chosen_logprobs(
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * stride
     column = tl.arange(0, BLOCK)
-    largest = tl.full((), float("-inf"), tl.float32)
+    # The lowest finite value: from -inf, logits that are all -inf would lead to -inf - -inf.
+    largest = tl.full((), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((), tl.float32)
     for first in range(0, vocabulary, BLOCK):
         inside = first + column < vocabulary

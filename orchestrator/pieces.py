@@ -29,11 +29,8 @@ class Assignment:
     piece: int
     positions: Positions
     """Where in the batch their examples stand."""
-
-    @property
-    def size(self) -> int:
-        """How much work it is, among others of its kind."""
-        return len(self.probes) * len(self.positions)
+    size: float
+    """How much work it is: probes, of which a piece is its part of the batch."""
 
 
 class Pieces:
@@ -76,8 +73,9 @@ class Pieces:
         found = []
         for number, group in enumerate(probe_groups(probes, size)):
             for piece, positions in self.cut(group[0].examples):
-                cut = [_on(probe, positions) for probe in group]
-                found.append(Assignment(tuple(cut), number * size, piece, positions))
+                cut = tuple(_on(probe, positions) for probe in group)
+                work = len(group) * len(positions) / len(group[0].examples)
+                found.append(Assignment(cut, number * size, piece, positions, work))
         return sorted(found, key=lambda assignment: assignment.piece)
 
     def homes(self, assignments: Sequence[Assignment]) -> list[int] | None:

@@ -84,8 +84,7 @@ def check(fleet: FleetSection, needs: Needs, nodes: Iterable[Node]) -> None:
         if not needs.room(nodes):
             raise ConfigError(
                 f"fleet.num_replicas: {number}: no node of the cluster has room for a replica, "
-                f"with {needs}; lower fleet.threads_per_replica"
-                f"{' or fleet.tp_size' * (needs.ranks > 1)}"
+                f"with {needs}; {_advice(needs, nodes)}"
             )
         return
     room = sum(map(needs.room_on_gpus, nodes))
@@ -95,3 +94,11 @@ def check(fleet: FleetSection, needs: Needs, nodes: Iterable[Node]) -> None:
             f"fleet.num_replicas: {number} replicas want {needs.gpu_words} each, and the "
             f"cluster has {num_gpus}; lower it, or set model.device=cpu"
         )
+
+
+def _advice(needs: Needs, nodes: Iterable[Node]) -> str:
+    """What to change where no node has room for a replica."""
+    has_ranks = needs.ranks > 1
+    if not any(map(needs.room_on_gpus, nodes)):
+        return f"{'lower fleet.tp_size, or ' * has_ranks}set model.device=cpu"
+    return f"lower fleet.threads_per_replica{' or fleet.tp_size' * has_ranks}"

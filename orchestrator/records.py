@@ -169,7 +169,16 @@ class ReplicaState:
     """A replica's place in the fleet, whichever processes have held it."""
 
     name: str
-    state: Literal["empty", "placing", "loading", "catching up", "ready", "computing", "writing"]
+    state: Literal[
+        "empty",
+        "placing",
+        "loading",
+        "replaying",
+        "catching up",
+        "ready",
+        "computing",
+        "writing",
+    ]
     """Empty between an actor that was lost and the next; ready without work, computing with."""
     num_probes: int = 0
     """Those whose losses it was the first to give."""

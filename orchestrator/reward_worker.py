@@ -29,6 +29,8 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 def main() -> None:
     descriptor, parent, target = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     end_with(parent)
+    # The end of a worker may be to be killed, which would take with it what was not written yet.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.set_inheritable(descriptor, False)  # what the function starts must not hold it open
     channel = socket.socket(fileno=descriptor)
     try:

@@ -86,10 +86,9 @@ def reopen(folder: Path, overrides: Sequence[str] = (), *, judges: bool = True) 
             f"{culprit}: the run in {folder} has steps that depend on this key; what may change is "
             "model.path, model.device, space.init, task.train, task.test, task.label_names, "
             "task.unconditional, task.reward.path, task.reward.timeout, task.reward.workers, "
-            "task.reward.environment, fleet.kind, fleet.num_replicas, fleet.gpus_per_replica, "
-            "run.eval_every, run.eval_examples, run.check_every, run.snapshot_every, "
-            "run.verify_cache and, with model.score_graphs=false, space.master between float32 "
-            "and host"
+            "task.reward.environment, fleet (but for fleet.threads_per_replica, fleet.tp_size, "
+            "fleet.affinity and fleet.pieces), run (but for run.steps and run.seed) and, with "
+            "model.score_graphs=false, space.master between float32 and host"
         )
     config = load(path, overrides)
     said_again = {override.partition("=")[0] for override in overrides}
@@ -117,17 +116,25 @@ def recipe_in(folder: Path) -> Path:
 def refuse_what_leads_elsewhere(folder: Path) -> None:
     """Refuse a folder with links out of it, through which a stranger's run would have ours write
     into other files; or with pipes and the like, on which reading it would hang."""
-    root = folder.resolve()
+    root = _resolved(folder)
     for place, folders, files in os.walk(root):
         for path in (Path(place, name) for name in (*folders, *files)):
             try:
                 mode = path.lstat().st_mode
             except FileNotFoundError:  # a run that goes on has given a file its final name
                 continue
-            if stat.S_ISLNK(mode) and not path.resolve().is_relative_to(root):
+            if stat.S_ISLNK(mode) and not _resolved(path).is_relative_to(root):
                 raise ConfigError(f"{path}: leads out of the run folder, to {path.resolve()}")
             if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ConfigError(f"{path}: is no plain file; a run folder holds no others")
+
+
+def _resolved(path: Path) -> Path:
+    """Where a path leads, be there something or not."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise ConfigError(f"{path}: leads nowhere; its links lead to each other") from None
 
 
 def code_overrides(config: Config, *, judges: bool = True) -> list[str]:

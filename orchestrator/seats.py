@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-State = Literal["placing", "loading", "catching up", "ready", "writing", "empty"]
-"""writing: lent by the dispatcher, while it writes a snapshot."""
+State = Literal["placing", "loading", "replaying", "catching up", "ready", "writing", "empty"]
+"""replaying: updates of the past, as many as a call takes; catching up: the last of them, and the
+task that the others are at; writing: lent by the dispatcher, while it writes a snapshot."""
 
 
 @dataclass(slots=True, eq=False)

@@ -193,6 +193,23 @@ def test_a_deadline_grows_with_the_fleets_own_times_and_spares_first_calls() -> 
     assert fleet.overdue() == [0, 1]
 
 
+def test_a_call_of_a_kind_that_is_rare_has_a_deadline_too() -> None:
+    """Too few to tell a median: none before the first answer, then by the slowest one."""
+    clock = Clock()
+    fleet = dispatcher(clock, 2)
+    for seconds, allowed in ((10.0, 1800.0), (500.0, 5000.0)):
+        fleet.begin_each("export")
+        fleet.assign()
+        clock.now += seconds
+        fleet.answered(0)
+        clock.now += allowed - seconds - 1
+        assert fleet.overdue() == []
+        clock.now += 2
+        assert fleet.overdue() == [1]
+        fleet.answered(1)
+        fleet = dispatcher(clock, 2)
+
+
 def test_a_replica_that_is_lent_gets_no_work_and_no_deadline_until_it_is_back() -> None:
     clock = Clock()
     fleet = dispatcher(clock, 2)
@@ -281,7 +298,7 @@ def test_work_that_is_given_out_again_is_counted_in_its_units() -> None:
     """Who was first counts as having done it; a copy, and what a lost replica leaves, as such."""
     clock = Clock()
     made = dispatcher(clock, 3)
-    before = made.work["evaluate"].done.copy()
+    before = made.work["evaluate"].done[0]
     made.begin("evaluate", [2, 4, 8])
     assert dict(made.assign()) == {0: 0, 1: 1, 2: 2}
     clock.now += 2
@@ -297,7 +314,7 @@ def test_work_that_is_given_out_again_is_counted_in_its_units() -> None:
     made.answered(1)  # too late
     work = made.work["evaluate"]
     assert made.is_done
-    assert work.done - before == {0: 2 + 8 + 4}
+    assert work.done[0] - before == 2 + 8 + 4
     assert (work.num_copied, work.num_requeued) == (4, 8)
     assert work.seconds[0] == 1 / 4 and work.seconds[1] == 10 / 4
     assert not made.work["digest"].done

@@ -221,12 +221,30 @@ def test_attention_computes_new_rows_alone(monkeypatch: pytest.MonkeyPatch) -> N
     outputs, rows = [], []
     for function in (inspect.unwrap(attend), attend):
         output = torch.full_like(queries, float("nan"))
-        named = {"scaling": 0.3, "enable_gqa": True, "causal": True, "encoder_lens": None}
-        function(None, queries, output, keys, values, *tables, **named)
+        named = {"scaling": 0.3, "enable_gqa": True, "causal": True}
+        function(None, queries, output, keys, values, *tables, None, **named)
         outputs.append(output)
         rows.append(seen[-len(new) :])
     assert rows == [lengths, new]  # the symptom, and its absence
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="attention of another backend")
+def test_sglang_calls_attention_in_a_way_that_the_patch_knows(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It decides which arguments it passes by their places."""
+    engine, seen = engines("llama"), set[int]()
+
+    def noted(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        seen.add(query.shape[2])
+        return scaled_dot_product_attention(query, *others, **named)
+
+    monkeypatch.setattr(torch_native_backend, "scaled_dot_product_attention", noted)
+    context = [3 + number % 20 for number in range(40)]
+    engine.score([[*context, 3, 4]], [(41, 42)], "a state")
+    engine.score([[*context, 5, 6, 7]], [(41, 43)], "a state")
+    assert seen == {41, 2}
 
 
 def test_a_target_that_sglang_decorates_is_replaced_all_the_same(

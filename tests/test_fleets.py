@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from orchestrator.dispatch import Limits
 from orchestrator.driver import Driver
 from orchestrator.local import LocalFleet
 from orchestrator.metrics import Evaluation, StepMetrics
+from orchestrator.noise_floor import REPEATS
 from orchestrator.records import FleetError, Probe, StepUpdate
+from orchestrator.seats import Seat
 from orchestrator.seed_sync import Ledger
 
 ROOT = Path(__file__).parent.parent
@@ -313,6 +315,57 @@ def test_a_run_goes_on_when_actors_are_killed_and_hang(
     assert len(set(digests.values())) == 1
 
 
+def test_a_long_ledger_is_replayed_in_several_calls(
+    fleets: Fleets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that however long it is, each call can be done in time."""
+    monkeypatch.setattr(actors, "REPLAYED_AT_ONCE", 5)
+    two = fleets(2)
+    for step in range(23):
+        two.apply(StepUpdate(step, (step,), (0.1,), 1.0))
+    agreed, asked = two.digests(), []
+    ask = two._ask
+
+    def noted(seat: Seat, calls: Sequence[Any]) -> None:
+        if seat.state != "ready":
+            asked.append((seat.state, seat.num_applied))
+        ask(seat, calls)
+
+    monkeypatch.setattr(two, "_ask", noted)
+    ray.kill(two._seats[0].actor)
+    two.evaluate(probes(23))
+    recover(two)
+    replayed = [("replaying", number) for number in (5, 10, 15, 20)]
+    assert asked == [("placing", 0), ("loading", 0), *replayed, ("catching up", 23)]
+    assert two.digests() == agreed
+
+
+def test_replicas_of_which_too_few_can_load_end_the_run(
+    recipe: dict[str, Any], tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One does, and the other dies whenever it tries to."""
+    needs_devices(2)
+
+    class First(actors.ReplicaActor):
+        def load(self, *arguments: Any) -> Any:
+            try:
+                (tmp_path / "loaded").touch(exist_ok=False)
+            except FileExistsError:
+                os._exit(1)
+            return super().load(*arguments)
+
+    monkeypatch.setattr(actors, "ReplicaActor", First)
+    monkeypatch.setattr(actors, "MOST_PLACEMENTS", 3)
+    section = {"kind": "ray", "num_replicas": 2, "min_replicas": 2}
+    fleet = actors.ActorFleet(
+        Config.model_validate({**recipe, "fleet": section}), tmp_path / "log", print
+    )
+    with pytest.raises(FleetError, match=r"replica \d died, and 1 replica is left, and fleet.min_"):
+        fleet.start()
+    for seat in fleet._seats.of("ready"):
+        ray.kill(seat.actor)
+
+
 @pytest.mark.parametrize("num_replicas", [1, 3])
 def test_pieces_of_batches_give_the_local_ledger_whoever_computes_them(
     num_replicas: int, long_recipe: dict[str, Any], tmp_path: Path, cluster: str
@@ -342,6 +395,10 @@ def test_pieces_of_batches_give_the_local_ledger_whoever_computes_them(
         Driver(config, made, ledger, [trouble], batches=batches, num_test=num_test).train()
     assert not trouble.events
     assert step_lines(tmp_path) == expected
+    num_probes = 2 * REPEATS  # for the noise floor
+    num_probes += sum(len(signs) for line in expected for signs in json.loads(line)["losses"])
+    counted = sum(replica.num_probes for replica in made.state().replicas)
+    assert abs(counted - num_probes) <= num_replicas  # parts of probes are rounded
     assert len(made._dispatcher.replicas) == num_replicas
     for seat in made._seats:
         for actor in seat.actors:

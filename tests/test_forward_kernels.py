@@ -135,6 +135,7 @@ def check_log_softmax(device: str) -> None:
         logits[2] += 1e4
         logits[3, 0] = 1e4
         logits[4] = -3e38
+        logits[4, : vocabulary - 1] = float("-inf")  # whole blocks at the start
         logits[5, vocabulary // 2] = float("nan")
         for token in (0, vocabulary // 2, vocabulary - 1):
             tokens = torch.full((6,), token, device=device)

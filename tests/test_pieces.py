@@ -61,7 +61,7 @@ def test_joined_losses_are_those_of_the_whole_batch(kind: str, number: int) -> N
     pieces = Pieces(cut(number), CONTEXTS)
     work = pieces.assignments(probes, 4)
     found = joined(work, [loss for assignment in work for loss in answer(assignment, kind)])
-    (whole,) = [answer(Assignment(tuple(probes), 0, 0, ()), kind)]
+    (whole,) = [answer(Assignment(tuple(probes), 0, 0, (), 1.0), kind)]
     for loss, expected in zip(found, whole, strict=True):
         counts = loss.num_tokens, loss.num_asked, loss.num_across
         assert counts == (5 * len(examples), 9 * len(examples), 2 * len(examples))

@@ -55,6 +55,11 @@ def test_what_could_never_be_placed_is_refused() -> None:
         refused([{"CPU": 8.0, "GPU": 2.0}], num_replicas=3)
     with pytest.raises(ConfigError, match=r"num_replicas: auto: no node .* with 5 CPUs;"):
         refused([{"CPU": 4.0}, {"CPU": 4.0}], num_replicas="auto", threads_per_replica=5)
+    few = [{"CPU": 8.0, "GPU": 1.0}]
+    with pytest.raises(ConfigError, match=r"no node .* with 2 CPUs and 2 GPUs of one .*cpu$"):
+        refused(few, num_replicas="auto", tp_size=2)
+    with pytest.raises(ConfigError, match=r"; lower fleet.threads_per_replica$"):
+        refused(few, num_replicas="auto", threads_per_replica=9)
 
 
 def test_seats_without_a_placed_actor_are_let_go_and_come_back_first() -> None:

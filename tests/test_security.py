@@ -155,6 +155,14 @@ def test_a_run_folder_whose_files_lie_elsewhere_is_refused(
         run_folder.reopen(parent)
 
 
+def test_links_that_lead_to_each_other_are_refused(parent: Path) -> None:  # noqa: F811
+    (parent / "log.txt").symlink_to("log.old")
+    (parent / "log.old").symlink_to("log.txt")
+    with pytest.raises(ConfigError, match="leads nowhere"):
+        run_folder.reopen(parent)
+    assert "leads nowhere" in mistake("inspect", parent / "log.txt")
+
+
 def test_every_verb_refuses_such_a_folder(parent: Path, tmp_path: Path) -> None:  # noqa: F811
     (parent / "log.txt").symlink_to(tmp_path / "precious")
     verbs: list[list[str | Path]] = [

@@ -18,7 +18,16 @@ import torch
 import yaml
 from conftest import DEVICE
 from safetensors.torch import load_file
-from test_fleets import Trouble, driver, finish, launch, recover, step_lines, wait_for_steps
+from test_fleets import (
+    Trouble,
+    driver,
+    finish,
+    in_actor,
+    launch,
+    recover,
+    step_lines,
+    wait_for_steps,
+)
 
 from orchestrator import actors, snapshot_folder
 from orchestrator.config import Config
@@ -447,5 +456,13 @@ def test_a_respawned_replica_is_sent_only_what_follows_the_snapshot(
     assert not any("cannot" in sentence for sentence in said)
     digests = set(two.digests().values())
     assert len(digests) == 1
+    # Those whose memory has changed cannot write one, and are rebuilt.
+    rogue = StepUpdate(30, (5,), (1e-3,), 1.0)
+    for number in (0, 1):
+        in_actor(two, number, lambda actor: actor._replica.space.apply(rogue))
+    two.snapshot(*digests)
+    recover(two)
+    assert any("this replica's trained state is not" in sentence for sentence in said)
+    assert set(two.digests().values()) == digests
     for seat in two._seats:
         ray.kill(seat.actor)
