@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from benchmarks import measure, reference  # noqa: E402
 from benchmarks.measure import DEVICE, DTYPE  # noqa: E402
 from orchestrator import checkpoint, tasks  # noqa: E402
-from orchestrator.config import Config, load  # noqa: E402
+from orchestrator.config import Config  # noqa: E402
 from orchestrator.evaluate import scores_of  # noqa: E402
+from orchestrator.recipe_file import load  # noqa: E402
 
 dist_patch.apply(DEVICE)
 

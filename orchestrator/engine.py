@@ -9,13 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.registry import ModelRegistry
@@ -28,19 +26,18 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import ConfigError
 from orchestrator.contexts import Contexts
 from orchestrator.generation import Generation
-from orchestrator.log_softmax_triton import chosen_logprobs
 from orchestrator.pools import Pools
 from orchestrator.prefix_slots import PrefixPlan, PrefixSlots, has_plain_entries
 from orchestrator.runner import ALONE, Runner, World
 from orchestrator.sampling import Continuation, Decode, Sampling
 from orchestrator.score_graphs import TOKEN_STEP, ScoreGraphs, Shape
 from orchestrator.score_plan import PlanBatch, Prompt, Row, ScorePlan, Scores
+from orchestrator.scoring_head import ScoringHead
 
 MAX_BATCH_SEQUENCES = 256
 # Rows that a decoding graph is for. A step reads all weights, so padding costs next to nothing, and
 # every graph costs start time.
 DECODE_GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MAX_BATCH_SEQUENCES)
-MAX_ROWS_PER_SOFTMAX = 1024  # bounds the float32 logits that exist at one time
 UNUSED = 0  # a token to score, where none is
 # Their layers write the keys and values of a whole batch before they read any, so that a row may
 # begin with another's.
@@ -55,69 +52,6 @@ class Launched:
     logprobs: list[torch.Tensor]
     """Per batch, float32, in the order of rows and targets."""
     num_reused: int
-
-
-class ScoringHead(nn.Module):
-    """Stands in for a model's logits processor: logits only at the rows that are scored.
-
-    Outside of `scoring(...)` and `showing(...)` it is the original.
-    """
-
-    def __init__(self, original: Any) -> None:
-        super().__init__()
-        self.original: Any = original
-        self._rows: torch.Tensor | None = None
-        self._tokens: torch.Tensor | None = None
-        self._shown: torch.Tensor | None = None
-
-    @contextmanager
-    def scoring(self, rows: torch.Tensor, tokens: torch.Tensor) -> Iterator[None]:
-        """Score `tokens[i]` (int64) at row `rows[i]` (int64) of the batch's flat positions."""
-        self._rows, self._tokens = rows, tokens
-        try:
-            yield
-        finally:
-            self._rows = self._tokens = None
-
-    @contextmanager
-    def showing(self, rows: torch.Tensor) -> Iterator[None]:
-        """Give the hidden states at these rows (int64), behind the final norm, and no logits."""
-        self._shown = rows
-        try:
-            yield
-        finally:
-            self._shown = None
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        hidden_states: torch.Tensor,
-        lm_head: nn.Module,
-        metadata: ForwardBatch | LogitsMetadata,
-        *others: Any,
-        **named: Any,
-    ) -> LogitsProcessorOutput:
-        if self._shown is not None:
-            shown = hidden_states[self._shown].float()
-            return LogitsProcessorOutput(next_token_logits=None, hidden_states=shown)
-        if self._rows is None or self._tokens is None:
-            return self.original(input_ids, hidden_states, lm_head, metadata, *others, **named)
-        if isinstance(metadata, ForwardBatch):
-            metadata = LogitsMetadata.from_forward_batch(metadata)
-        scored = []
-        for start in range(0, len(self._rows), MAX_ROWS_PER_SOFTMAX):
-            rows = self._rows[start : start + MAX_ROWS_PER_SOFTMAX]
-            tokens = self._tokens[start : start + MAX_ROWS_PER_SOFTMAX]
-            logits = self.original._get_logits(hidden_states[rows], lm_head, metadata)
-            scored.append(_logprobs(logits[:, : self.original.config.vocab_size].float(), tokens))
-        return LogitsProcessorOutput(next_token_logits=None, input_token_logprobs=torch.cat(scored))
-
-
-def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Of `tokens[i]` in row i of the logits: float32 [rows]."""
-    if logits.is_cuda:
-        return chosen_logprobs(logits, tokens)
-    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
 
 
 class Engine:

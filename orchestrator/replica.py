@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from orchestrator import answers, cache_check, checkpoint, noise, rewards, snapshot_folder, tasks
+from orchestrator import answers, cache_check, checkpoint, noise, snapshot_folder, tasks
 from orchestrator.batches import Batches
 from orchestrator.config import Config, ConfigError
 from orchestrator.encoder import Encoder, Encoding, Prompt
 from orchestrator.engine import Engine, Launched
+from orchestrator.losses import answer_loss, by_option, probe_loss
 from orchestrator.objectives import calibrated as without_prior
-from orchestrator.objectives import mean_loss, option_accuracy, option_cross_entropy
+from orchestrator.objectives import option_accuracy
 from orchestrator.pieces import Pieces
 from orchestrator.records import (
     ChunkScores,
@@ -38,7 +39,7 @@ from orchestrator.records import (
 from orchestrator.rewards import Judged, RewardPool
 from orchestrator.runner import ALONE, World
 from orchestrator.sampling import Continuation, Sampling, remembering
-from orchestrator.score_plan import ScorePlan, Scores, SpanScore
+from orchestrator.score_plan import ScorePlan, SpanScore
 from orchestrator.snapshots import Snapshots
 from orchestrator.spaces import SpacePlan
 
@@ -288,7 +289,7 @@ class Replica:
         plan = self._plan(encodings, (self.space.adapter,))
         launched = self.engine.launch(plan, namespace, self._base)
         (answer,) = self.engine.read(plan, [launched])
-        (scores,) = _by_option(encodings, answer)
+        (scores,) = by_option(encodings, answer)
         return scores, answer.num_tokens, answer.num_asked - answer.num_tokens
 
     @property
@@ -467,8 +468,8 @@ class Replica:
         kind = task.loss if task.objective == "loss" else task.objective
         return [
             [
-                _probe_loss(kind, encodings, scores, answer, len(plan.adapters))
-                for scores in _by_option(encodings, answer)
+                probe_loss(kind, encodings, scores, answer, len(plan.adapters))
+                for scores in by_option(encodings, answer)
             ]
             for answer in self.engine.read(plan, launches)
         ]
@@ -503,68 +504,3 @@ def _sequences(
         [span for encoding in encodings for span in encoding.spans],
         [encoding.context for encoding in encodings for _ in encoding.sequences],
     )
-
-
-def _by_option(encodings: Sequence[Encoding], scores: Scores) -> list[list[list[SpanScore]]]:
-    """Scores per adapter, example and option."""
-    spans = iter(scores.spans)
-    num_spans = sum(len(encoding.spans) for encoding in encodings)
-    return [
-        [[next(spans) for _ in encoding.spans] for encoding in encodings]
-        for _ in range(len(scores.spans) // num_spans)
-    ]
-
-
-def answer_loss(
-    found: Sequence[Continuation], judged: Sequence[Judged], number: int, num_tokens: int
-) -> ProbeLoss:
-    """A probe's loss: minus the mean over examples of that over the `number` answers to each."""
-    worth = [
-        math.nan if each.ended == "undefined" else value.value
-        for each, value in zip(found, judged, strict=True)
-    ]
-    parts = tuple(
-        -math.fsum(worth[first : first + number]) / number for first in range(0, len(worth), number)
-    )
-    num_found = sum(each.num_reused for each in found)
-    lost = rewards.count(judged)
-    num_asked = num_tokens + num_found
-    return ProbeLoss(mean_loss(parts), num_tokens, num_asked, num_found, parts, lost)
-
-
-def _probe_loss(
-    kind: str,
-    encodings: Sequence[Encoding],
-    scores: Sequence[Sequence[SpanScore]],
-    answer: Scores,
-    num_adapters: int,
-) -> ProbeLoss:
-    """A probe's loss, from its options' scores, and its share of what all adapters took; `kind` is
-    task.loss, or accuracy."""
-    parts = tuple(
-        _part(kind, encoding, options) for encoding, options in zip(encodings, scores, strict=True)
-    )
-    weights = tuple(_num_right_tokens(encoding) for encoding in encodings) if kind == "lm" else ()
-    return ProbeLoss(
-        mean_loss(parts, weights),
-        answer.num_tokens // num_adapters,
-        answer.num_asked // num_adapters,
-        answer.num_reused // num_adapters,
-        parts,
-        weights=weights,
-    )
-
-
-def _part(kind: str, encoding: Encoding, options: Sequence[SpanScore]) -> float:
-    """An example's part of its batch's loss."""
-    if kind == "lm":
-        return -options[encoding.label].sum
-    means = [option.mean for option in options]
-    if kind == "accuracy":
-        return -option_accuracy(means, (encoding.label, *encoding.also_right))
-    return option_cross_entropy(means, encoding.label)
-
-
-def _num_right_tokens(encoding: Encoding) -> int:
-    start, end = encoding.spans[encoding.label]
-    return end - start

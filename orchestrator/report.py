@@ -6,39 +6,24 @@ matplotlib, which `charts` draws with.
 
 import html
 import json
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from orchestrator import charts, metrics
 from orchestrator.charts import Points
-from orchestrator.config import Config, ConfigError, Section, load
+from orchestrator.config import Config, ConfigError, Section
 from orchestrator.evaluate import PLAIN, SHARES, interval
+from orchestrator.history import History
 from orchestrator.metrics import Evaluation, Interval, Summary
+from orchestrator.recipe_file import load
 from orchestrator.seed_sync import Header, Ledger
 
 FOLDER, PAGE = "report", "index.html"
 STYLE = Path(__file__).with_suffix(".css")
 METRICS = {"f1": "F1", "exact_match": "exact match"}  # how the page calls them, if not by name
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """What metrics.jsonl holds."""
-
-    columns: Mapping[str, Points]
-    """Per number that steps have, its values at them."""
-    evaluations: Sequence[Evaluation]
-    """Looks at held-out rows."""
-    dev: Sequence[Evaluation]
-    """Looks at dev rows."""
-
-    def total(self, name: str) -> float:
-        return float(np.nansum(self.columns[name].values)) if name in self.columns else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,44 +69,12 @@ def _read(folder: Path) -> Story:
     return Story(
         folder=folder,
         config=load(path),
-        history=_history(folder),
+        history=History.read(folder),
         header=header,
         num_steps=len(records),
         ledger_bytes=ledger.stat().st_size if header else 0,
         summary=metrics.read_summary(folder),
     )
-
-
-def _history(folder: Path) -> History:
-    steps: dict[str, array[float]] = {}
-    values: dict[str, array[float]] = {}
-    for entry in metrics.entries(folder):
-        if entry["kind"] == "step":
-            for name, value in _numbers(entry):
-                steps.setdefault(name, array("d")).append(entry["step"])
-                values.setdefault(name, array("d")).append(value)
-    columns = {name: _latest(steps[name], values[name]) for name in steps}
-    looks = {(look.split, look.step): look for look in metrics.evaluations(folder)}
-    ordered = [looks[key] for key in sorted(looks)]
-    held_out = [look for look in ordered if look.split == "test"]
-    return History(columns, held_out, [look for look in ordered if look.split == "dev"])
-
-
-def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    if isinstance(entry.get("lost"), dict):
-        yield "lost_samples", sum(entry["lost"].values())
-    kv = entry.get("kv")
-    parts = {f"kv_{name}": value for name, value in kv.items()} if isinstance(kv, dict) else {}
-    for name, value in {**entry, **parts}.items():
-        if name not in ("kind", "step") and isinstance(value, int | float):
-            yield name, value
-
-
-def _latest(steps: Sequence[float], values: Sequence[float]) -> Points:
-    """In the order of steps; of a step that is there twice, the entry that was written last."""
-    _, first_from_the_end = np.unique(np.array(steps)[::-1], return_index=True)
-    index = len(steps) - 1 - first_from_the_end
-    return Points(np.array(steps)[index], np.array(values)[index])
 
 
 # -------------------------------------------------------------------- the page

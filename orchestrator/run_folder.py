@@ -15,10 +15,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestrator import assets, metrics, tasks
-from orchestrator.config import Config, ConfigError, load
+from orchestrator.config import Config, ConfigError
 from orchestrator.metrics import Summary
 from orchestrator.noise import NOISE_VERSION
 from orchestrator.pieces import Pieces
+from orchestrator.recipe_file import load
 from orchestrator.records import ReplicaInfo
 from orchestrator.seed_sync import LEDGER_FORMAT, Header, Ledger, same_data
 from orchestrator.tasks import TaskData

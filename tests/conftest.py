@@ -42,7 +42,8 @@ from sglang.srt.layers.logits_processor import LogitsMetadata  # noqa: E402
 
 from orchestrator.checkpoint import Checkpoint  # noqa: E402
 from orchestrator.config import Config  # noqa: E402
-from orchestrator.engine import Engine, ScoringHead  # noqa: E402
+from orchestrator.engine import Engine  # noqa: E402
+from orchestrator.scoring_head import ScoringHead  # noqa: E402
 from orchestrator.space import Space  # noqa: E402
 from orchestrator.spaces import SpacePlan  # noqa: E402
 

@@ -34,9 +34,10 @@ from benchmarks.shapes import SHAPES
 from orchestrator import actors
 from orchestrator.batches import Batches
 from orchestrator.cluster_metrics import ClusterMetrics
-from orchestrator.config import Config, load
+from orchestrator.config import Config
 from orchestrator.driver import Driver
 from orchestrator.noise_floor import REPEATS
+from orchestrator.recipe_file import load
 from orchestrator.seed_sync import Header, Ledger
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.config import Config, ConfigError, Task, known_keys, load
+from orchestrator.config import Config, ConfigError, Task
+from orchestrator.recipe_file import known_keys, load
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -241,7 +242,7 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_loading_a_config_imports_nothing_heavy() -> None:
     program = (
-        "import sys; from orchestrator.config import load; load('configs/demo.yaml');"
+        "import sys; from orchestrator.recipe_file import load; load('configs/demo.yaml');"
         "print(sorted({'torch', 'ray', 'sglang', 'numba', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.config import load
+from orchestrator.recipe_file import load
 
 ROOT = Path(__file__).parent.parent
 DONE, MISTAKE = 0, 2

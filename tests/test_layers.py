@@ -10,7 +10,8 @@ LAYERS = [
     {"presets", "templates", "answers", "reward_worker"},
     {"config", "records", "environment", "output", "run_log", "snapshot_folder"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
-    | {"attention_triton", "log_softmax_triton", "norm_triton", "objectives"},
+    | {"attention_triton", "log_softmax_triton", "norm_triton", "objectives"}
+    | {"recipe_file"},
     {"rows", "charts", "rewards", "pieces"},
     {"estimator", "seed_sync", "tasks", "checkpoint", "sweeps"}
     | {"evaluate", "metrics", "dist_patch", "adapter_kernels", "sampling", "batches", "dispatch"}
@@ -21,12 +22,13 @@ LAYERS = [
         "prefix_slots",
         "score_attention",
         "encoder",
-        "report",
+        "history",
+        "scoring_head",
         "inspection",
         "noise_floor",
         "linear_probe",
     },
-    {"score_graphs", "pools"},
+    {"score_graphs", "pools", "losses", "report"},
     {"contexts"},
     {"generation"},
     {"engine", "sglang_models", "export"},
@@ -46,7 +48,7 @@ OWNERS = {
     "datasets": {"rows"},
     "pyarrow": {"rows"},
     "sglang": {"engine", "runner", "adapters", "adapter_kernels", "prefix_slots", "opt_native"}
-    | {"score_graphs", "score_attention", "pools", "generation"},
+    | {"score_graphs", "score_attention", "scoring_head", "pools", "generation"},
     "matplotlib": {"charts"},
     "sklearn": {"linear_probe"},
     "triton": {"adapter_kernels_triton", "attention_triton", "log_softmax_triton", "norm_triton"},
@@ -68,7 +70,8 @@ OWNERS = {
     | {"sweeps_cuda", "fleets", "export", "adapters", "space", "spaces", "lora", "low_rank"}
     | {"adapter_kernels", "adapter_kernels_triton", "prefix", "prefix_slots", "slotted"}
     | {"score_graphs", "score_attention", "attention_triton", "norm_triton", "log_softmax_triton"}
-    | {"pools", "generation", "sampling", "host_master", "cache_check", "snapshots"},
+    | {"pools", "generation", "sampling", "host_master", "cache_check", "snapshots"}
+    | {"scoring_head"},
 }
 # A folder is one module: all its files together.
 MODULES = sorted(

@@ -9,8 +9,9 @@ import yaml
 from conftest import write_rows
 
 from orchestrator import metrics, run_folder
-from orchestrator.config import ConfigError, load
+from orchestrator.config import ConfigError
 from orchestrator.metrics import Evaluation, Records, StepMetrics
+from orchestrator.recipe_file import load
 from orchestrator.run_folder import Run
 from orchestrator.seed_sync import Header, Ledger, StepRecord
 
@@ -110,11 +111,12 @@ def test_a_fork_may_move_its_master_to_the_host_and_back(parent: Path) -> None:
 
 def test_what_may_change_when_a_run_is_reopened_is_told(parent: Path) -> None:
     allowed = ["task.label_names=[bad, good]", "task.unconditional='So: {option}'"]
-    run_folder.reopen(parent, allowed)
-    with pytest.raises(ConfigError) as caught:
-        run_folder.reopen(parent, ["run.seed=1"])
-    for key in ("task.label_names", "task.unconditional", "space.master", "fleet.num_replicas"):
-        assert key in str(caught.value)
+    fleet = ["fleet.kind=ray", "fleet.num_replicas=2", "fleet.min_replicas=2"]
+    run_folder.reopen(parent, [*allowed, *fleet, "run.check_every=9", "run.verify_cache=3"])
+    changes = {"run.seed": 1, "run.steps": 99, "fleet.threads_per_replica": 3, "fleet.tp_size": 2}
+    for key, value in changes.items():
+        with pytest.raises(ConfigError, match=rf"^{key}={value}: .* may .*[(]but for [^)]*{key}"):
+            run_folder.reopen(parent, [f"{key}={value}"])
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["", "ledger without the splits' sizes"])

@@ -24,7 +24,8 @@ from test_launch import ROOT, launch, mistake
 from test_run_folder import parent  # noqa: F401 -- a fixture
 
 from orchestrator import metrics, run_folder
-from orchestrator.config import Config, ConfigError, load
+from orchestrator.config import Config, ConfigError
+from orchestrator.recipe_file import load
 from orchestrator.replica import Replica
 
 SOURCES = [ROOT / "launch.py", *(ROOT / "orchestrator").rglob("*.py")]

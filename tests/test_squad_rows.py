@@ -8,7 +8,7 @@ import pytest
 
 from examples import squad
 from orchestrator import tasks
-from orchestrator.config import load
+from orchestrator.recipe_file import load
 
 RECIPE = Path(__file__).parent.parent / "configs" / "squad.yaml"
 QUESTIONS = [
