@@ -5,7 +5,7 @@
   python launch.py tune configs/demo.yaml                     propose eps and lr before training
   python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
   python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
-  python launch.py eval configs/demo.yaml task.demonstrations=8 --calibrated --out in_context.jsonl
+  python launch.py eval configs/demo.yaml task.demonstrations=8 task.max_length=512 --out in_context.jsonl
   python launch.py eval configs/demo.yaml --linear-probe --out probe.jsonl
   python launch.py export runs/demo-20260101-120000 tuned     a folder that others load
   python launch.py report runs/demo-20260101-120000           its course as one HTML page
@@ -116,8 +116,8 @@ def _how_to_go_on(arguments: argparse.Namespace, run: run_folder.Run | None) -> 
 
 def _how_to_resume(config: Config, folder: Path) -> str:
     """With what the recipe lets run, which is to be said again."""
-    overrides = map(shlex.quote, run_folder.code_overrides(config))
-    return " ".join(["continue with: python launch.py train --resume", str(folder), *overrides])
+    words = map(shlex.quote, [str(folder), *run_folder.code_overrides(config)])
+    return " ".join(["continue with: python launch.py train --resume", *words])
 
 
 def _tell(message: str) -> None:

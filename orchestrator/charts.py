@@ -17,7 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
@@ -32,6 +32,7 @@ VARIABLES = {
 }
 INK, MUTED, LINE, ACCENT, *SERIES = VARIABLES
 MOST_POINTS = 400  # of a drawn line; longer ones are drawn as means and ranges of stretches
+MOST_LOOKS = 200  # of a drawn line of looks, each with its interval
 SMOOTHED_FROM = 20  # points: fewer need no running mean
 STYLE: Any = {  # matplotlib's types want literal keys
     "svg.fonttype": "none",
@@ -94,7 +95,9 @@ def with_intervals(name: str, points: Points, low: Numbers, high: Numbers, *, pe
     shown as per cent."""
     scale, unit = (100, " %") if percent else (1, "")
     with _figure(name, width=7.4) as (axes, svg):
-        steps, values = points.steps, points.values
+        shown = np.unique(np.linspace(0, len(points.steps) - 1, MOST_LOOKS).astype(int))
+        steps, values = points.steps[shown], points.values[shown]
+        low, high = low[shown], high[shown]
         axes.axhline(scale * values[0], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
         axes.plot(steps, scale * values, color=ACCENT, linewidth=1.6)
         errors = scale * np.stack([values - low, high - values])
@@ -129,6 +132,8 @@ def logarithmic(name: str, lines: Mapping[str, Points], marked: float) -> str:
         axes.set_xscale("log")
         axes.set_yscale("log", nonpositive="mask")
         axes.minorticks_off()
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
         axes.axvline(marked, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
         for colour, points in zip(itertools.cycle(SERIES), lines.values(), strict=False):
             values = np.where(points.values > 0, points.values, math.nan)

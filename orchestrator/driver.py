@@ -5,6 +5,7 @@ Knows no ray, no sglang, no tensors: only seeds, scalars and ids.
 """
 
 import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -42,9 +43,9 @@ class Driver:
         self._past = estimator.NO_PAST
         self._loss_noise: float | None = None
         for record in ledger.records:
-            self._take(record)
-            if record.step + 1 == ledger.header.config_since:  # earlier steps had other settings
-                self._past = estimator.NO_PAST
+            fleet.apply(record.update())
+            if record.step >= ledger.header.config_since:  # earlier steps had other settings
+                self._past = self._followed(record)
 
     def train(self) -> None:
         """All steps that are missing, with looks at dev rows, or else test rows, on the way."""
@@ -88,20 +89,20 @@ class Driver:
             examples_hash=_hash(examples),
         )
         self._ledger.append(record)
-        self._take(record)
+        self._fleet.apply(record.update())
+        self._past = self._followed(record)
 
         signal = noise_floor.signal_to_noise(settings, estimate.losses, self._loss_noise)
         metrics = _metrics(record, estimate, losses, signal, time.monotonic() - started)
         for observer in self._observers:
             observer.step(metrics)
 
-    def _take(self, record: StepRecord) -> None:
-        """Bring the fleet, and what the next step builds on, past a step that is written down."""
-        self._fleet.apply(record.update())
+    def _followed(self, record: StepRecord) -> estimator.Past:
+        """What the step after one that is written down builds on."""
         settings = self._config.estimator
         if record.eps != settings.eps:  # as scheduled
             settings = settings.model_copy(update={"eps": record.eps})
-        self._past = estimator.follow(
+        return estimator.follow(
             settings, self._past, record.seeds, record.losses, record.coefficients
         )
 
@@ -119,7 +120,7 @@ class Driver:
             num_examples=found.num_examples,
             seconds=time.monotonic() - started,
             metric=found.metric,
-            interval=(found.low, found.high),
+            interval=found.interval,
             split=split,
             lost=found.lost,
         )
@@ -161,7 +162,7 @@ def _metrics(
     signal_to_noise: float | None,
     seconds: float,
 ) -> StepMetrics:
-    finite = [value for pair in record.losses for value in pair if value is not None]
+    finite = [loss.value for loss in losses if math.isfinite(loss.value)]
     gradients = [abs(value) for value in estimate.gradients if value is not None]
     return StepMetrics(
         step=record.step,

@@ -169,6 +169,11 @@ def learning_rate(estimator: Estimator, step: int, steps: int) -> float:
     return estimator.lr * _share(estimator.schedule, progress)
 
 
+def is_decay_lost(estimator: Estimator) -> bool:
+    """Whether 1 - lr * weight_decay is nothing but 1 in float32, at the highest rate already."""
+    return estimator.weight_decay > 0 and float32(1 - estimator.lr * estimator.weight_decay) == 1
+
+
 def float32(value: float) -> float:
     """The float32 number nearest to `value`, which every machine then reads the same."""
     return float(struct.unpack("<f", struct.pack("<f", value))[0])

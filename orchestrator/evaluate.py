@@ -1,12 +1,12 @@
 """Held-out examples' values to their mean and its interval, and the file that `launch.py eval`
 writes. Pure functions, but for the file."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from orchestrator import strict_json
 from orchestrator.records import ChunkScores, ExampleScore
 
 NORMAL_QUANTILE = 1.959964  # at 0.975: 95 % lie between it and its negative
@@ -27,8 +27,14 @@ class Measured:
     lost: int = 0
     """Examples at which the reward failed."""
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """None where it has no ends."""
+        ends = self.low, self.high
+        return ends if all(map(math.isfinite, ends)) else None
+
     def __str__(self) -> str:
-        return told(self.metric, self.value, (self.low, self.high))
+        return told(self.metric, self.value, self.interval)
 
 
 def told(metric: str, value: float, ends: tuple[float, float] | None = None) -> str:
@@ -87,7 +93,9 @@ def interval(share: float, number: int) -> tuple[float, float]:
 
 
 def write_scores(path: Path, scores: Sequence[ExampleScore]) -> None:
-    """One JSON object a line: the fields of ExampleScore."""
-    with path.open("w", encoding="utf-8") as file:
+    """One JSON object a line: the fields of ExampleScore. All, or the file stays as it was."""
+    unfinished = path.with_suffix(".new")
+    with unfinished.open("w", encoding="utf-8") as file:
         for score in scores:
-            file.write(json.dumps(asdict(score)) + "\n")
+            file.write(strict_json.text(asdict(score)) + "\n")
+    unfinished.replace(path)

@@ -93,13 +93,21 @@ def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, torch.Tensor]
     Raises ConfigError for what is no plain LoRA adapter.
     """
     config, stored = _read(folder)
-    if not isinstance(config, LoraConfig) or config.use_dora or config.bias != "none":
-        raise ConfigError(f"space.init: {folder}: not a plain LoRA adapter (no DoRA, no biases)")
+    if not isinstance(config, LoraConfig) or not _is_plain(config):
+        raise ConfigError(
+            f"space.init: {folder}: not a plain LoRA adapter (no DoRA, no rank-stabilised scale, "
+            "no biases, one rank and alpha for all modules)"
+        )
     factors = {name.removeprefix(PEFT_PREFIX): value for name, value in stored.items()}
     # PEFT may keep "all-linear" as such; the factors say what it came to.
     modules = sorted({name.split(".")[-3] for name in factors})
     invocation = tuple(config.alora_invocation_tokens or ())
     return AdapterSettings(config.r, config.lora_alpha, tuple(modules), invocation), factors
+
+
+def _is_plain(config: LoraConfig) -> bool:
+    patterns = config.rank_pattern or config.alpha_pattern
+    return not (config.use_dora or config.use_rslora or patterns) and config.bias == "none"
 
 
 def write_prefix(

@@ -49,8 +49,9 @@ class History:
 
 
 def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    if isinstance(entry.get("lost"), dict):
-        yield "lost_samples", sum(entry["lost"].values())
+    lost = entry.get("lost")
+    if isinstance(lost, dict) and all(isinstance(number, int) for number in lost.values()):
+        yield "lost_samples", sum(lost.values())
     kv = entry.get("kv")
     parts = {f"kv_{name}": value for name, value in kv.items()} if isinstance(kv, dict) else {}
     for name, value in {**entry, **parts}.items():

@@ -7,13 +7,18 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+from annotated_types import Ge
+from pydantic import TypeAdapter, ValidationError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from orchestrator import strict_json
 
 CONFIG_FILE = "config.yaml"
 LEDGER_FILE = "ledger.jsonl"
@@ -96,7 +101,7 @@ class Evaluation:
     step: int
     accuracy: float
     """The mean of `metric`, whichever that is."""
-    num_examples: int
+    num_examples: Annotated[int, Ge(1)]
     seconds: float
     metric: str = "accuracy"
     interval: Interval | None = None
@@ -113,13 +118,13 @@ class Summary:
     wall_s: float
     """Of this process, from the fleet's start to the last evaluation; less than the run's whole
     time if it was resumed."""
-    evaluations_per_s: float
-    """Probes a second, while stepping."""
-    trained_tokens_per_s: float
+    evaluations_per_s: float | None
+    """Probes a second, while stepping; None for a process that took no step."""
+    trained_tokens_per_s: float | None
     """Tokens that went through the model for probes, a second, while stepping."""
     baseline_accuracy: float | None
     final_accuracy: float
-    num_held_out: int
+    num_held_out: Annotated[int, Ge(1)]
     digest: str
     versions: dict[str, str]
     metric: str = "accuracy"
@@ -138,6 +143,10 @@ class Summary:
     """`FleetState.numbers` of this process: who computed how many probes."""
 
 
+# Files may be of an earlier version, of another program, or damaged.
+EVALUATIONS, SUMMARIES = TypeAdapter(Evaluation), TypeAdapter(Summary)
+
+
 def _required(kind: type[StepMetrics] | type[Evaluation]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind) if field.default is MISSING)
 
@@ -148,6 +157,7 @@ NUMBERS = {
     DEV_EVALUATION: _required(Evaluation),
 }
 """What every line of a kind holds; later versions may add to it."""
+UNDEFINED = ("loss", "gradient")  # null where no loss of a step was finite
 
 
 class Observer(Protocol):
@@ -194,7 +204,7 @@ class Records:
 
     def summary(self, summary: Summary) -> None:
         """Write it whole or not at all, since a run that has one is finished."""
-        text = json.dumps(asdict(summary), indent=2)
+        text = strict_json.text(asdict(summary), indent=2)
         unfinished = self._folder / f"{SUMMARY_FILE}.new"
         unfinished.write_text(text + "\n", encoding="utf-8")
         unfinished.replace(self._folder / SUMMARY_FILE)
@@ -204,7 +214,7 @@ class Records:
         self._events.close()
 
     def _write(self, kind: str, fields: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps({"kind": kind, **fields}) + "\n")
+        self._metrics.write(strict_json.text({"kind": kind, **fields}) + "\n")
         self._metrics.flush()
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
@@ -248,7 +258,10 @@ def _is_whole(entry: object) -> bool:
     kind, step = entry.get("kind"), entry.get("step")
     if not isinstance(kind, str) or type(step) is not int:
         return False
-    return all(type(entry.get(name)) in (int, float) for name in NUMBERS.get(kind, ()))
+    return all(
+        type(entry.get(name)) in (int, float) or (name in UNDEFINED and name in entry)
+        for name in NUMBERS.get(kind, ())
+    )
 
 
 def fork(folder: Path, new_folder: Path, step: int, *, same_data: bool) -> None:
@@ -258,56 +271,57 @@ def fork(folder: Path, new_folder: Path, step: int, *, same_data: bool) -> None:
             is_step = entry["kind"] == "step"
             is_before = entry["step"] < step + (not is_step)  # looks are counted in steps done
             if is_before and (is_step or same_data):
-                file.write(json.dumps(entry) + "\n")
+                file.write(strict_json.text(entry) + "\n")
 
 
 def baseline(folder: Path) -> Evaluation | None:
     """The look at test rows that a run noted before its first step, if it did."""
-    looks = (look for look in evaluations(folder) if look.split == "test" and look.step == 0)
-    return next(looks, None)
+    looks = [look for look in evaluations(folder) if look.split == "test" and look.step == 0]
+    return looks[-1] if looks else None
 
 
 def evaluations(folder: Path) -> Iterator[Evaluation]:
     """What a run noted of its looks at test and dev rows."""
     for entry in entries(folder):
         if entry["kind"] in ("evaluation", DEV_EVALUATION):
-            yield evaluation(entry)
+            with suppress(ValidationError):  # of another program, or damaged
+                yield evaluation(entry)
 
 
 def evaluation(entry: dict[str, Any]) -> Evaluation:
     """What a line tells of a look; an earlier version's may lack what has a default."""
-    entry = _with_tuples(entry)
-    names = [field.name for field in fields(Evaluation)]
-    return Evaluation(**{name: entry[name] for name in names if name in entry})
+    return EVALUATIONS.validate_python(entry)
 
 
 def best(looks: Iterable[Evaluation]) -> Evaluation | None:
-    """Of looks at dev rows the one with the largest mean, the earliest of several; None of none."""
-    order = sorted((look for look in looks if look.split == "dev"), key=lambda look: look.step)
+    """Of looks at dev rows the one with the largest mean, the earliest of several; None of none.
+
+    Of a step that was looked at twice the later look counts; of looks of different sizes, since
+    a mean of few rows is large by chance, those at the most rows.
+    """
+    latest = {look.step: look for look in looks if look.split == "dev"}
+    most = max((look.num_examples for look in latest.values()), default=0)
+    order = [latest[step] for step in sorted(latest) if latest[step].num_examples == most]
     return max(order, key=lambda look: look.accuracy, default=None)
 
 
 def lost(folder: Path) -> dict[str, int] | None:
     """How many samples a reward failed at in all steps, by kind; None for a run without one."""
-    steps = {entry["step"]: entry for entry in entries(folder) if entry["kind"] == "step"}
-    noted = [entry["lost"] for entry in steps.values() if entry.get("lost") is not None]
+    noted = {
+        entry["step"]: entry["lost"]
+        for entry in entries(folder)
+        if entry["kind"] == "step" and isinstance(entry.get("lost"), dict)
+    }
     if not noted:
         return None
-    return {kind: sum(each.get(kind, 0) for each in noted) for kind in sorted(set().union(*noted))}
+    kinds = sorted(set().union(*noted.values()))
+    return {kind: sum(each.get(kind, 0) for each in noted.values()) for kind in kinds}
 
 
 def read_summary(folder: Path) -> Summary | None:
     """What a finished run came to; None for one that has no summary, or none that can be read."""
     try:
         with (folder / SUMMARY_FILE).open("rb") as file:
-            values = json.loads(file.read(LONGEST_LINE))
-        return Summary(**_with_tuples(values))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return SUMMARIES.validate_json(file.read(LONGEST_LINE))
+    except (OSError, ValidationError):
         return None
-
-
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """An object's members; JSON has lists in the place of tuples."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }

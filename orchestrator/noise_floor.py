@@ -27,11 +27,12 @@ def measure(config: Config, fleet: Fleet, step: int, examples: tuple[int, ...]) 
     None where fewer than two repeats are finite.
     """
     middle = len(examples) // 2
-    losses = []
+    losses: list[float] = []
     for order in (examples, examples[middle:] + examples[:middle]):
         probe = Probe(step, BASE_SEED, 0, config.estimator.eps, order)
-        losses += fleet.evaluate([probe] * REPEATS)
-    return deviation([loss.value for loss in losses])
+        # Where a device always computes the same, repeats of an order tell no more than one.
+        losses += dict.fromkeys(loss.value for loss in fleet.evaluate([probe] * REPEATS))
+    return deviation(losses)
 
 
 def deviation(losses: Sequence[float]) -> float | None:
@@ -70,7 +71,8 @@ def signal_to_noise(
     few seeds a single step's value scatters widely. None where no seed was kept, or no noise known.
     """
     measured = slopes(estimator, losses)
-    if not noise or not measured:
+    least = 2 if estimator.kind == "es" else 1  # one loss is its own mean
+    if not noise or len(measured) < least:
         return None
     in_noises = [slope / slope_noise(estimator, len(measured), noise) for slope in measured]
     power = math.fsum(value * value for value in in_noises) / len(in_noises)

@@ -202,10 +202,13 @@ class Display:
                 f"{kv['across']:,} across forwards)"
             )
         self._tell_of_fleet(summary.fleet or {})
-        self.say(
-            f"{summary.wall_s:.0f} s, {summary.evaluations_per_s:.2f} probes/s, "
-            f"{summary.trained_tokens_per_s:.0f} tokens/s\nrun folder: {folder}"
-        )
+        speeds = ""
+        if summary.evaluations_per_s is not None and summary.trained_tokens_per_s is not None:
+            speeds = (
+                f", {summary.evaluations_per_s:.2f} probes/s, "
+                f"{summary.trained_tokens_per_s:.0f} tokens/s"
+            )
+        self.say(f"{summary.wall_s:.0f} s{speeds}\nrun folder: {folder}")
 
     def _tell_of_fleet(self, numbers: dict[str, Any]) -> None:
         """What a finished run tells of its replicas, where they were several."""

@@ -35,12 +35,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 class _Loader(yaml.SafeLoader):
     """Plain values only: no tags that make objects, and no aliases, of which a few lines could
-    stand for more text than any memory holds."""
+    stand for more text than any memory holds. And no key twice, of which one would be lost."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "an alias (*): write the value out", None)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key, _ in node.value:
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} stands twice", key.start_mark
+                )
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -54,7 +64,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as a date that there is not
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold sections ({', '.join(Config.model_fields)})")
@@ -94,7 +104,7 @@ def _first_message(error: ValidationError) -> str:
     if detail["type"] == "missing":
         return f"{path}: missing; it has no default"
     if detail["type"] == "value_error":
-        return f"{path}.{detail['ctx']['error']}"
+        return f"{path}.{detail['ctx']['error']}".removeprefix(".")  # of several sections
     return f"{path}: {detail['input']!r} is not accepted: {_decapitalise(detail['msg'])}"
 
 

@@ -296,9 +296,11 @@ def _result(story: Story) -> str:
         ("Held-out examples", f"{number:,}"),
         ("Steps", f"{summary.steps:,}"),
         ("Wall time of the last process", _duration(summary.wall_s)),
-        ("Probes a second", f"{summary.evaluations_per_s:,.2f}"),
-        ("Tokens a second", f"{summary.trained_tokens_per_s:,.0f}"),
     ]
+    if summary.evaluations_per_s is not None:
+        rows.append(("Probes a second", f"{summary.evaluations_per_s:,.2f}"))
+    if summary.trained_tokens_per_s is not None:
+        rows.append(("Tokens a second", f"{summary.trained_tokens_per_s:,.0f}"))
     return _card("Final table", _table(rows, numbers=True))
 
 

@@ -32,6 +32,8 @@ class Row:
 
         Raises ConfigError, naming the configuration's `key`, where there is none.
         """
+        if path in self.fields:  # a name may hold a dot
+            return self.fields[path]
         value: Any = self.fields
         for name in path.split("."):
             objects = value if isinstance(value, list) else [value]
@@ -56,6 +58,11 @@ def read(key: str, source: Source) -> list[Row]:
                 raise ConfigError(f"{key}: {row.missing(field)}")
         if all(str(row.fields[field]) == value for field, value in source.where.items()):
             renamed = {source.rename.get(name, name): row.fields[name] for name in row.fields}
+            if len(renamed) < len(row.fields):
+                raise ConfigError(
+                    f"{key}.rename: {source.rename}: gives two fields of {row.origin} one name; "
+                    "rename the other one too"
+                )
             rows.append(Row(renamed, row.origin))
     if not rows:
         chosen = f" where {source.where}" if source.where else ""
@@ -74,12 +81,13 @@ def _all(key: str, source: Source) -> list[Row]:
         if value is not None:
             raise ConfigError(f"{key}.{name}: {value}: is of no use to a single file; leave it out")
     path = resolve_file(f"{key}.path", source.path)
-    if path.suffix not in READERS:
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
         raise ConfigError(
             f"{key}.path: {source.path}: must end in {', '.join(READERS)}, or be a folder or a "
             f"hub id ({HUB_PREFIX}OWNER/NAME)"
         )
-    return READERS[path.suffix](key, path)
+    return READERS[suffix](key, path)
 
 
 def _by_datasets(key: str, source: Source, place: str) -> list[Row]:
@@ -137,8 +145,8 @@ def _read_json_lines(key: str, path: Path) -> list[Row]:
             continue
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{key}.path: {path}:{number}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{key}.path: {path}:{number}: not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ConfigError(f"{key}.path: {path}:{number}: must be an object, is {line[:40]}")
         rows.append(Row(fields, f"{path}:{number}"))
@@ -148,10 +156,19 @@ def _read_json_lines(key: str, path: Path) -> list[Row]:
 def _read_csv(key: str, path: Path) -> list[Row]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(_text(key, path), newline=""))
+    rows = []
     try:
-        return [Row(dict(fields), f"{path}:{reader.line_num}") for fields in reader]
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise csv.Error(f"the first line names a field twice: {', '.join(names)}")
+        for fields in reader:
+            if None in fields or None in fields.values():
+                many = "more" if None in fields else "fewer"
+                raise csv.Error(f"{many} fields than the first line has; quote texts with commas")
+            rows.append(Row(dict(fields), f"{path}:{reader.line_num}"))
     except csv.Error as error:
         raise ConfigError(f"{key}.path: {path}:{reader.line_num}: not CSV: {error}") from None
+    return rows
 
 
 READERS: dict[str, Callable[[str, Path], list[Row]]] = {
@@ -163,7 +180,7 @@ READERS: dict[str, Callable[[str, Path], list[Row]]] = {
 
 def _text(key: str, path: Path) -> str:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{key}.path: {path}: cannot be read: {error}") from None

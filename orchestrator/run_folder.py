@@ -63,14 +63,21 @@ def choose(path: Path, overrides: Sequence[str]) -> Run:
             "run.dir: must be given in a Ray job, best on storage that the nodes share: Ray "
             "deletes the job's own working directory"
         )
-    folder = config.run.dir or RUNS_FOLDER / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    refuse_what_leads_elsewhere(Path(folder))
-    run = _checked(config, Path(folder))
+    name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.run.dir).expanduser() if config.run.dir else RUNS_FOLDER / name
+    refuse_what_leads_elsewhere(folder)
+    run = _checked(config, folder)
     if run.ledger_path.exists():
         raise ConfigError(
             f"run.dir: {folder} holds a run already; continue it with --resume {folder}, or "
             "choose another folder"
         )
+    for left in (metrics.SUMMARY_FILE, metrics.METRICS_FILE):
+        if (folder / left).exists():
+            raise ConfigError(
+                f"run.dir: {folder} holds {left} of a run whose ledger is gone; choose another "
+                "folder, or remove this one"
+            )
     return run
 
 

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from orchestrator import fleets, metrics, output, rewards, run_folder, run_log
+from orchestrator import estimator, fleets, metrics, output, rewards, run_folder, run_log
 from orchestrator.batches import Batches
 from orchestrator.config import ConfigError
 from orchestrator.driver import Driver
 from orchestrator.evaluate import measured, scores_of, share_computed, write_scores
 from orchestrator.metrics import Evaluation, KvUse, Records, StepMetrics, Summary
 from orchestrator.progress import Display
-from orchestrator.records import Fleet, ReplicaInfo, StepUpdate
+from orchestrator.records import Fleet, ReplicaInfo, Split, StepUpdate
 from orchestrator.run_folder import Run
 from orchestrator.seed_sync import Ledger
 
@@ -67,10 +67,19 @@ def _train(run: Run, display: Display) -> None:
             num_test=num_held_out,
             num_dev=len(run.data.dev),
         )
+        if estimator.is_decay_lost(run.config.estimator):
+            display.say(
+                "estimator.weight_decay does nothing at this lr: 1 - lr * weight_decay is rounded "
+                "to 1 in float32"
+            )
         if ledger.next_step:
             display.say(f"replaying {ledger.next_step} steps ...")
             driver.check_digests()
             baseline = metrics.baseline(run.folder)
+            split: Split = "dev" if run.data.dev else "test"
+            is_over = ledger.next_step == steps
+            if not is_over and looks.is_missing(run.config.run.eval_every, split):
+                driver.look(ledger.next_step)
         else:
             metric = run.config.task.metric
             display.say(f"zero-shot {metric} on {num_held_out} held-out examples ...")
@@ -99,7 +108,7 @@ def _train(run: Run, display: Display) -> None:
             best_step=best.step if best else None,
             best_dev=best.accuracy if best else None,
             lost=metrics.lost(run.folder),
-            kv=speed.kv.numbers(),
+            kv=speed.kv.numbers() if speed.num_probes else None,
             fleet=fleet.state().numbers(),
         )
         records.summary(summary)
@@ -178,6 +187,10 @@ def _check_evaluation(run: Run, out: Path, *, calibrated: bool, linear_probe: bo
         probing.check(task, run.data)
     if out.suffix != ".jsonl" or out.is_dir():
         raise ConfigError(f"--out: {out}: must be the name of a file that ends in .jsonl")
+    own = [str(run.ledger_path), str(run.folder / metrics.METRICS_FILE)]
+    own += [source.path for source in (task.train, task.test) if source is not None]
+    if any(Path(path).resolve() == out.resolve() for path in own):
+        raise ConfigError(f"--out: {out}: is a file that the run needs; name another")
     if not os.access(out.parent, os.W_OK):
         raise ConfigError(f"--out: {out}: the folder {out.parent} cannot be written to")
     _check_reward(run)
@@ -309,8 +322,8 @@ class Speed:
     def evaluation(self, evaluation: Evaluation) -> None:
         pass
 
-    def per_second(self, count: int) -> float:
-        return count / self.seconds if self.seconds else 0.0
+    def per_second(self, count: int) -> float | None:
+        return count / self.seconds if self.seconds else None
 
 
 class Looks:
@@ -319,6 +332,13 @@ class Looks:
     def __init__(self, folder: Path, next_step: int) -> None:
         """Those behind the ledger's end are of steps that are taken again."""
         self.all = [look for look in metrics.evaluations(folder) if look.step <= next_step]
+        self._next_step = next_step
+
+    def is_missing(self, every: int, split: Split) -> bool:
+        """Whether the run was to look at such rows where the ledger ends, and has not."""
+        if not every or self._next_step % every:
+            return False
+        return all((look.step, look.split) != (self._next_step, split) for look in self.all)
 
     def step(self, step: StepMetrics) -> None:
         pass

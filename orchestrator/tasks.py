@@ -273,7 +273,8 @@ class Renderer:
             return [names.index(value.lower())]
         if value in options:
             return [options.index(value)]
-        return [int(value)] if value.isdecimal() and int(value) < len(options) else []
+        numbers = [str(number) for number in range(len(options))]
+        return [numbers.index(value)] if value in numbers else []
 
 
 def _single(key: str, row: Row, path: str) -> str:

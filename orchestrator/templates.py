@@ -55,6 +55,10 @@ TEXT_FUNCTIONS: dict[str, Callable[[str], str]] = {
 }
 
 
+# What was meant for a field, and would else stand in every prompt as it is written.
+LOOKS_LIKE_SLOT = re.compile(r"\{\s*[\w.]+(?:[ -]+[\w.]+)*\s*(?:\|\s*\w+\s*)*\}")
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A place in a template: a field, by its path such as answers.text, and what is done to it."""
@@ -106,6 +110,12 @@ class Template:
             parts += [text[end : match.start()], Slot(match[1], tuple(match[2].split("|")[1:]))]
             end = match.end()
         parts.append(text[end:])
+        for part in parts:
+            if isinstance(part, str) and (found := LOOKS_LIKE_SLOT.search(part)):
+                raise ValueError(
+                    f"{text!r}: {found[0]} is no field: write {{name}} or {{name|function}}, "
+                    "without spaces or hyphens; task.train.rename gives a field another name"
+                )
         places = []
         for index, part in enumerate(parts):
             if isinstance(part, Slot):

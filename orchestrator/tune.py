@@ -115,7 +115,8 @@ class Signal:
     """Standard error of that."""
     along: float
     """Curvature along the gradient."""
-    loss: float
+    scale: float
+    """What a step's gain is measured by, see `scale`."""
     spread: float
     """Standard deviation of a step's perturbed losses, over eps."""
 
@@ -236,7 +237,7 @@ def _roughness(curve: Curve, low: int, chosen: int) -> float | None:
     return max(curve.noise or 0.0, float(np.sqrt(np.mean(rests**2) / 2)))
 
 
-def analyse(measured: Slopes) -> Signal:
+def analyse(config: Config, measured: Slopes) -> Signal:
     """Signal, noise and curvature; ConfigError if losses are not finite on too many batches."""
     finite = np.isfinite(measured.plus + measured.minus).all(axis=1) & np.isfinite(measured.base)
     if finite.sum() < 2:
@@ -259,23 +260,36 @@ def analyse(measured: Slopes) -> Signal:
         trace=trace,
         trace_error=error,
         along=min(max(0.0, (weighted - trace) / 2), max(0.0, trace)),
-        loss=float(base.mean()),
+        scale=scale(config, float(base.mean())),
         spread=float(plus.std(axis=1, ddof=1).mean()) / measured.eps,
     )
 
 
+def scale(config: Config, loss: float) -> float:
+    """What a step's gain is measured by: the loss, or all that a metric can change by. A reward
+    may be any number, so it says nothing of what is much."""
+    objective = config.task.objective
+    if objective == "reward":
+        return math.inf
+    return abs(loss) if objective == "loss" else 1.0
+
+
 def choose_lr(settings: Estimator, signal: Signal) -> LrChoice:
-    """A rate at which the first step's expected gain is near its best, and not too large."""
+    """A rate at which the first step's expected gain is near its best, and not too large.
+
+    ConfigError where the losses do not tell one.
+    """
     power = signal.signal + signal.batch_noise
     share = max(LEAST_SIGNAL, signal.signal / power) if power else LEAST_SIGNAL
     curvature, number = signal.curvature(settings.num_seeds), settings.num_seeds
     by_curvature = CAUTION * share / curvature if curvature > 0 else math.inf
-    by_gain = MOST_GAIN * abs(signal.loss) / (share * power) if power else math.inf
+    by_gain = MOST_GAIN * signal.scale / (share * power) if power else math.inf
     lr = min(by_curvature, by_gain)
-    if not math.isfinite(lr):
+    unit, what = _unit(settings, signal)
+    if not 0 < lr * unit < math.inf:
         raise ConfigError(
             f"estimator.lr: with {settings.batch_size} rows a batch neither slope nor curvature of "
-            "the loss is seen; see model.dtype and task.template"
+            "the loss is seen; see model.dtype, task.template and task.objective"
         )
     if by_curvature <= by_gain:
         reason = (
@@ -284,7 +298,7 @@ def choose_lr(settings: Estimator, signal: Signal) -> LrChoice:
             f"{share:.0%} of the slopes' power are of the gradient, the rest of the batch"
         )
     else:
-        reason = f"a step is then expected to take {MOST_GAIN:.0%} off the loss; " + (
+        reason = f"a step is then expected to gain {MOST_GAIN:.0%} of {signal.scale:.3g}; " + (
             f"the curvature along it ({curvature:.3g}) alone would allow "
             f"{by_curvature / lr:.2g} times as much"
             if curvature > 0
@@ -295,7 +309,6 @@ def choose_lr(settings: Estimator, signal: Signal) -> LrChoice:
             f"; batches hide the gradient, which is taken to be {LEAST_SIGNAL:.0%} of the power: a "
             "larger estimator.batch_size would tell more"
         )
-    unit, what = _unit(settings, signal)
     return LrChoice(_rounded(lr * unit), reason + what)
 
 
@@ -314,9 +327,9 @@ def _unit(settings: Estimator, signal: Signal) -> tuple[float, str]:
     return unit, what
 
 
-def propose(settings: Estimator, curve: Curve, eps: EpsChoice, measured: Slopes) -> Proposal:
+def propose(config: Config, curve: Curve, eps: EpsChoice, measured: Slopes) -> Proposal:
     """All proposals out of all measurements."""
-    signal = analyse(measured)
+    settings, signal = config.estimator, analyse(config, measured)
     rates = [
         choose_lr(settings.model_copy(update={"num_seeds": count}), signal).lr for count in COUNTS
     ]
@@ -333,7 +346,8 @@ def lines(settings: Estimator, proposal: Proposal) -> list[str]:
         "",
         "     eps   |L+ - L-|   in noises   slopes differ   curvature's part",
     ]
-    rows = zip(curve.eps, curve.differences(), curve.changes(), curve.curved(""), strict=True)
+    parts = curve.curved(settings.kind)
+    rows = zip(curve.eps, curve.differences(), curve.changes(), parts, strict=True)
     for eps, difference, change, part in rows:
         mark = "  <" if eps == chosen.eps else ""
         told.append(
@@ -385,7 +399,7 @@ def measure(config: Config, fleet: Fleet, batches: Batches, say: Say) -> Proposa
         plus=np.concatenate([plus for _, plus, _ in parts]),
         minus=np.concatenate([minus for _, _, minus in parts]),
     )
-    return propose(config.estimator, curve, eps, measured)
+    return propose(config, curve, eps, measured)
 
 
 def _both_signs(

@@ -4,14 +4,13 @@ The page needs no other file and no network. Knows the proposal and charts; meas
 """
 
 import html
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from orchestrator import charts, tune
+from orchestrator import charts, strict_json, tune
 from orchestrator.charts import Points
 from orchestrator.config import Config
 from orchestrator.report import STYLE
@@ -22,11 +21,15 @@ FIGURES, PAGE = "tune.json", "tune.html"
 
 def write(folder: Path, config: Config, proposal: Proposal) -> Path:
     """Write both files into a folder that is there; the page's path."""
-    text = json.dumps(_plain(figures(config, proposal)), indent=2)
-    (folder / FIGURES).write_text(text + "\n", encoding="utf-8")
-    page = folder / PAGE
-    page.write_text(_page(config, proposal), encoding="utf-8")
-    return page
+    texts = {
+        FIGURES: strict_json.text(figures(config, proposal), indent=2) + "\n",
+        PAGE: _page(config, proposal),
+    }
+    for name, text in texts.items():
+        unfinished = folder / f"{name}.new"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(folder / name)
+    return folder / PAGE
 
 
 def figures(config: Config, proposal: Proposal) -> dict[str, object]:
@@ -55,17 +58,6 @@ def figures(config: Config, proposal: Proposal) -> dict[str, object]:
             for count, rate in zip(tune.COUNTS, proposal.rates, strict=True)
         ],
     }
-
-
-def _plain(value: object) -> object:
-    """JSON has no word for what is not finite."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value
 
 
 def _page(config: Config, proposal: Proposal) -> str:

@@ -58,6 +58,8 @@ REFUSALS = {
     "estimator={kind: es, num_seeds: 4, seeds_schedule: linear, num_seeds_final: 1}": (
         "num_seeds_final: 1: estimator.kind=es compares"
     ),
+    "estimator.warmup_steps=9999": "estimator.warmup_steps: 9999: the run has but",
+    "model.quantization=fp8": "demo.yaml: model.quantization: fp8: space.kind=dense trains",
     "estimator.eps_final=1e-4": "estimator.eps_final: 0.0001 is never reached with eps_schedule=",
     "estimator.seeds_schedule=cosine": "estimator.num_seeds_final: missing; seeds_schedule=cosine",
     "estimator={kind: es}": "estimator.num_seeds: 1: estimator.kind=es compares at least 2",
@@ -131,6 +133,7 @@ def test_a_mistake_is_told_in_one_line_that_names_it(override: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(DEMO, [override])
     assert REFUSALS[override] in str(caught.value)
+    assert not re.search(r": \.", str(caught.value))
     assert "\n" not in str(caught.value)
 
 
@@ -191,6 +194,13 @@ def test_missing_sections_and_files_are_named(tmp_path: Path) -> None:
     broken.write_text("- 3\n")
     with pytest.raises(ConfigError, match=r"broken\.yaml: must hold sections"):
         load(broken)
+    for text, told in (
+        ("run: {steps: 3}\nrun: {steps: 4}\n", "run stands twice.*line 2"),
+        ("run: {steps: 3, dir: 2026-02-30}\n", "day is out of range"),
+    ):
+        broken.write_text(text)
+        with pytest.raises(ConfigError, match=rf"broken\.yaml: not valid YAML: .*{told}"):
+            load(broken)
     broken.write_text("run: {steps: 3}\n")
     with pytest.raises(ConfigError, match=r"broken\.yaml: model: missing"):
         load(broken)

@@ -14,6 +14,7 @@ from orchestrator import noise
 from orchestrator.batches import Batches
 from orchestrator.config import Config
 from orchestrator.driver import Driver
+from orchestrator.metrics import Evaluation, StepMetrics
 from orchestrator.records import (
     ChunkScores,
     ExampleScore,
@@ -192,11 +193,14 @@ def test_a_fork_under_the_same_settings_goes_on_as_its_parent_did(at: int, tmp_p
     np.testing.assert_array_equal(again, weights)
 
 
-def test_a_fork_under_other_settings_resumes_to_the_same_ledger(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kinds", [("two_sided", "es"), ("es", "two_sided"), ("es", "one_sided")])
+def test_a_fork_under_other_settings_resumes_to_the_same_ledger(
+    kinds: tuple[str, str], tmp_path: Path
+) -> None:
     """Its parent's losses, which another estimator measured, move its second moment nowhere."""
     parent, whole, cut = (tmp_path / f"{name}.jsonl" for name in ("parent", "whole", "cut"))
-    train(config(momentum=0.5, second_moment=0.5), parent)
-    chosen = config(kind="es", second_moment=0.9, momentum=0.9, lr=1e-2)
+    train(config(kind=kinds[0], momentum=0.5, second_moment=0.5), parent)
+    chosen = config(kind=kinds[1], second_moment=0.9, momentum=0.9, lr=1e-2)
     header = replace(HEADER, config_hash="other")
     Ledger.fork(parent, whole, 4, config_hash="other", data_hash=HEADER.data_hash)
     ledger, weights = train(chosen, whole, header)
@@ -207,6 +211,29 @@ def test_a_fork_under_other_settings_resumes_to_the_same_ledger(tmp_path: Path) 
         _, again = train(chosen, cut, header)
         assert cut.read_bytes() == whole.read_bytes()
         np.testing.assert_array_equal(again, weights)
+
+
+@pytest.mark.parametrize("kind", ["two_sided", "one_sided", "es"])
+def test_a_steps_loss_is_the_mean_over_its_probes(kind: str, tmp_path: Path) -> None:
+    answers: list[float] = []
+
+    class Noted(ToyFleet):
+        def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
+            losses = super().evaluate(probes)
+            answers[:] = [loss.value for loss in losses if math.isfinite(loss.value)]
+            return losses
+
+    class Watcher:
+        def step(self, metrics: StepMetrics) -> None:
+            assert metrics.loss == pytest.approx(sum(answers) / len(answers))
+
+        def evaluation(self, evaluation: Evaluation) -> None:
+            pass
+
+    chosen = config(kind=kind)
+    batches = Batches(chosen, 20)
+    with Ledger.create(tmp_path / "ledger.jsonl", HEADER) as ledger:
+        Driver(chosen, Noted(), ledger, [Watcher()], batches=batches, num_test=5).train()
 
 
 def test_momentum_is_the_heavy_ball_with_a_velocity(tmp_path: Path) -> None:

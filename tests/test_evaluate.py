@@ -72,13 +72,18 @@ def test_rewards_have_no_bounds_and_those_that_failed_are_counted() -> None:
     assert found.value == pytest.approx(0.4) and found.lost == 1
     assert (found.low, found.high) == pytest.approx((0.4 - reach, 0.4 + reach))
     assert str(found) == f"0.400 ({0.4 - reach:.3f} to {0.4 + reach:.3f})"
-    assert measured("reward", scores([2.0])).low == -math.inf
+    alone = measured("reward", scores([2.0]))
+    assert (alone.interval, str(alone)) == (None, "2.000")
 
 
 def test_the_file_of_scores_has_a_line_an_example(tmp_path: Path) -> None:
     chosen = ExampleScore(0, 1.0, label=1, scores=(-2.0, -1.0), prediction=1)
-    write_scores(tmp_path / "scores.jsonl", [chosen, ExampleScore(1, 0.5, answer="a b")])
-    first, second = map(json.loads, (tmp_path / "scores.jsonl").read_text().splitlines())
+    undefined = ExampleScore(2, 0.0, label=0, scores=(math.nan, -math.inf), prediction=0)
+    found = [chosen, ExampleScore(1, 0.5, answer="a b"), undefined]
+    write_scores(tmp_path / "scores.jsonl", found)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
+    first, second, third = map(json.loads, (tmp_path / "scores.jsonl").read_text().splitlines())
+    assert third["scores"] == [None, None]  # of which JSON knows nothing
     assert first == {
         "id": 0,
         "value": 1.0,

@@ -85,6 +85,8 @@ def test_mistakes_are_told_in_one_line(recipe_path: Path, tmp_path: Path) -> Non
     assert "holds no config.yaml" in mistake("report", tmp_path)
     assert "the folder" in mistake("eval", recipe_path, "--out", tmp_path / "no" / "x.jsonl")
     assert "ends in .jsonl" in mistake("eval", recipe_path, "--out", tmp_path)
+    rows = yaml.safe_load(recipe_path.read_text())["task"]["test"]["path"]
+    assert "is a file that the run needs" in mistake("eval", recipe_path, "--out", rows)
     assert "estimator.lr: 0" in mistake(
         "eval", recipe_path, "--out", tmp_path / "x.jsonl", "estimator.lr=0"
     )

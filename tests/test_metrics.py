@@ -2,8 +2,11 @@
 
 import io
 import json
-from dataclasses import replace
+import math
+import tracemalloc
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,11 +18,13 @@ from orchestrator.metrics import (
     Summary,
     baseline,
     best,
+    entries,
     evaluations,
     read_summary,
 )
 from orchestrator.metrics import lost as metrics_lost
 from orchestrator.progress import Display
+from orchestrator.runs import Looks
 
 STEPS = [
     StepMetrics(
@@ -141,6 +146,66 @@ def test_looks_at_dev_rows_are_told_apart_and_choose_the_best(tmp_path: Path) ->
     events = EventAccumulator(str(tmp_path)).Reload()
     assert len(events.Scalars("dev/f1")) == len(dev)
     assert len(events.Scalars("held_out/f1")) == 1
+
+
+def test_of_looks_of_different_sizes_the_larger_choose_and_of_a_steps_the_later() -> None:
+    values = [(2, 0.95, 10), (4, 0.70, 500), (6, 0.80, 500), (6, 0.65, 500)]
+    looks = [Evaluation(step, value, size, 1.0, split="dev") for step, value, size in values]
+    assert best(looks) == looks[1]
+
+
+def test_a_look_that_a_killed_run_did_not_come_to_is_known_to_be_missing(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    for step in (0, 2, 4):
+        records.evaluation(Evaluation(step, 0.5, 10, 1.0, split="dev"))
+    records.close()
+    found = [Looks(tmp_path, step).is_missing(2, "dev") for step in range(1, 8)]
+    assert found == [False, False, False, False, False, True, False]
+    assert Looks(tmp_path, 4).is_missing(2, "test")
+    assert not Looks(tmp_path, 6).is_missing(0, "dev")
+
+
+def test_numbers_that_are_not_finite_leave_files_that_every_reader_takes(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    records.step(replace(STEPS[0], loss=math.nan, gradient=math.nan))
+    records.summary(replace(SUMMARY, baseline_accuracy=math.nan))
+    records.close()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    for name in ("metrics.jsonl", "summary.json"):
+        json.loads((tmp_path / name).read_text(), parse_constant=refuse)
+    (entry,) = entries(tmp_path)
+    assert (entry["loss"], entry["lr"]) == (None, STEPS[0].lr)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"steps": None}, {"final_accuracy": "x"}, {"metric": 5}, {"final_interval": "ab"}]
+    + [{"final_interval": [1, None]}, {"num_held_out": 0}, {"versions": 3}],
+)
+def test_a_summary_of_other_types_is_none(damage: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({**asdict(SUMMARY), **damage}))
+    assert read_summary(tmp_path) is None
+
+
+def test_looks_of_other_types_are_left_out(tmp_path: Path) -> None:
+    look = {"kind": "evaluation", **asdict(BEFORE)}
+    damages: list[dict[str, Any]] = [{}, {"num_examples": 0}, {"interval": [1]}, {"metric": 3}]
+    lines = "".join(json.dumps({**look, **damage}) + "\n" for damage in damages)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert list(evaluations(tmp_path)) == [BEFORE]
+
+
+def test_counting_lost_samples_takes_little_memory(tmp_path: Path) -> None:
+    entry = {"kind": "step", **asdict(STEPS[0])}
+    text = "".join(json.dumps({**entry, "step": step}) + "\n" for step in range(20_000))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    tracemalloc.start()
+    assert metrics_lost(tmp_path) is None
+    assert tracemalloc.get_traced_memory()[1] < 2**21
+    tracemalloc.stop()
 
 
 def test_samples_that_a_reward_failed_at_are_told_and_counted(tmp_path: Path) -> None:

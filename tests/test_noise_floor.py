@@ -101,3 +101,12 @@ def test_the_noise_is_measured_twice_in_both_orders() -> None:
     assert [len(probes) for probes in calls] == [2, 2]
     assert [probes[0].examples for probes in calls] == [(1, 2, 3), (2, 3, 1)]
     assert all((probe.step, probe.sign) == (5, 0) for probes in calls for probe in probes)
+
+
+def test_on_a_device_that_repeats_itself_the_orders_alone_tell_the_noise() -> None:
+    class Exact(ToyFleet):
+        def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
+            return [ProbeLoss(1 + NOISE * (probe.examples[0] == 1), 1, 1) for probe in probes]
+
+    noise = noise_floor.measure(config(), Exact(), 5, (1, 2, 3))
+    assert noise == pytest.approx(NOISE / math.sqrt(2))

@@ -283,6 +283,8 @@ def test_a_long_run_makes_a_small_page(tmp_path: Path, recipe: dict[str, Any]) -
             numbers = f'"loss": {1 + step % 7}, "gradient": 1, "lr": 1, "num_dropped": 0'
             counts = '"num_probes": 2, "num_tokens": 9, "seconds": 1'
             file.write(f'{{"kind": "step", "step": {step}, {numbers}, {counts}}}\n')
+            look = f'"step": {step}, "accuracy": 0.5, "num_examples": 9, "seconds": 1'
+            file.write(f'{{"kind": "evaluation", {look}}}\n')
     text, _ = read(folder)
     assert len(text) < 500_000
 

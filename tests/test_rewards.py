@@ -41,7 +41,7 @@ MODULE = """
                 file.write(str(child.pid))
             time.sleep(3600)
         odd = {"nan": math.nan, "inf": -math.inf, "huge": 10**400, "text": "1.0", "none": None,
-               "true": True, "half": Fraction(1, 2), "list": [1.0]}
+               "vast": -1e200, "true": True, "half": Fraction(1, 2), "list": [1.0]}
         return odd[text] if text in odd else len(text) + row["bonus"]
 
     def process(row, text):
@@ -67,6 +67,7 @@ KINDS = {
     "nan": "not_finite",
     "inf": "not_finite",
     "huge": "not_finite",
+    "vast": "not_finite",
     "text": "not_a_number",
     "none": "not_a_number",
     "list": "not_a_number",

@@ -89,6 +89,14 @@ def test_csv_rows_are_selected_and_renamed(tmp_path: Path) -> None:
     assert [row.origin for row in found] == [f"{path}:3", f"{path}:5"]
 
 
+def test_files_as_spreadsheets_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "rows.CSV"
+    path.write_bytes("\ufefftext,label,a.b\r\ngood,1,x\r\n".encode())
+    (found,) = read(path)
+    assert found.fields == {"text": "good", "label": "1", "a.b": "x"}
+    assert found.find("task.label", "a.b") == "x"
+
+
 def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     made = datasets.Dataset.from_list(ROWS)
     made.save_to_disk(tmp_path / "one")
@@ -143,11 +151,25 @@ def test_bad_sources_are_refused_by_name(tmp_path: Path) -> None:
     table = tmp_path / "table.parquet"
     table.write_bytes(b"PAR1 and no more")
     (tmp_path / "empty").mkdir()
+    tables = {
+        "wide": "label,text\n1,great, really",
+        "narrow": "label,text\n1",
+        "twice": "text,label,text\na,1,b",
+    }
+    for name, text in tables.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    (tmp_path / "deep.jsonl").write_text('{"a":' + "[" * 100_000)
+    (tmp_path / "long.jsonl").write_text('{"a":' + "9" * 10_000 + "}")
     refusals: dict[Path | str, str] = {
         tmp_path / "none.jsonl": r"task.train.path: .*none.jsonl: no such file",
         broken: r"broken.jsonl:2: not JSON",
         latin: r"latin.jsonl: cannot be read: .*utf-8",
         table: r"task.train.path: .*table.parquet: cannot be read: ",
+        tmp_path / "wide.csv": r"wide.csv:2: not CSV: more fields than the first line has; quote",
+        tmp_path / "narrow.csv": r"narrow.csv:2: not CSV: fewer fields than the first line has",
+        tmp_path / "twice.csv": r"twice.csv:1: not CSV: the first line names a field twice: text",
+        tmp_path / "deep.jsonl": r"deep.jsonl:1: not JSON: ",
+        tmp_path / "long.jsonl": r"long.jsonl:1: not JSON: ",
         tmp_path / "empty": r"task.train.path: .*empty: cannot be read: ",
         "package:nowhere/rows.csv": r"the package nowhere is not installed",
         "package:numpy/rows.csv": r"the package numpy holds no file rows.csv",
@@ -161,6 +183,8 @@ def test_bad_sources_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_keys_of_other_sources_are_refused(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(ConfigError, match=r"task.train.rename: .* two fields of .*:1 one name"):
+        read(path, rename={"question": "label"})
     for key in ("name", "split", "revision"):
         with pytest.raises(ConfigError, match=rf"task.train.{key}: x: is of "):
             read(path, **{key: "x"})

@@ -109,6 +109,21 @@ def test_a_fork_may_move_its_master_to_the_host_and_back(parent: Path) -> None:
     assert back.config.space.master == "float32"
 
 
+def test_a_new_runs_folder_holds_nothing_of_another(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path, folder = tmp_path / "tiny.yaml", tmp_path / "runs"
+    path.write_text(yaml.safe_dump(recipe))
+    assert run_folder.choose(path, ["run.dir=~/runs"]).folder == folder
+    folder.mkdir()
+    for name in ("metrics.jsonl", "summary.json"):
+        (folder / name).write_text("")
+        with pytest.raises(ConfigError, match=rf"run\.dir: .*runs holds {name} of a run whose"):
+            run_folder.choose(path, [f"run.dir={folder}"])
+        (folder / name).unlink()
+
+
 def test_what_may_change_when_a_run_is_reopened_is_told(parent: Path) -> None:
     allowed = ["task.label_names=[bad, good]", "task.unconditional='So: {option}'"]
     fleet = ["fleet.kind=ray", "fleet.num_replicas=2", "fleet.min_replicas=2"]

@@ -217,6 +217,17 @@ def test_without_curvature_the_gain_is_bounded() -> None:
     assert "no curvature is seen" in choice.reason
 
 
+def test_gains_are_measured_by_what_the_objective_can_gain() -> None:
+    """A loss of 0 proposes no rate; for a metric that is 0 so far there is one."""
+    chosen = config()
+    signal = measured(Valley(1e-9, curvature=0.0), chosen).signal
+    with pytest.raises(ConfigError, match=r"estimator\.lr: with \d+ rows a batch neither slope"):
+        tune.choose_lr(chosen.estimator, dataclasses.replace(signal, scale=0.0))
+    for objective, scale in (("loss", 0.25), ("f1", 1.0), ("reward", math.inf)):
+        task = chosen.task.model_copy(update={"objective": objective})
+        assert tune.scale(chosen.model_copy(update={"task": task}), -0.25) == scale
+
+
 def test_what_cannot_be_measured_is_told() -> None:
     class Constant(ToyFleet):
         value = 1.0
