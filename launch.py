@@ -5,7 +5,7 @@
   python launch.py tune configs/demo.yaml                     propose eps and lr before training
   python launch.py train --resume runs/demo-20260101-120000   continue an interrupted run
   python launch.py eval runs/demo-20260101-120000 --out scores.jsonl
-  python launch.py eval configs/demo.yaml task.demonstrations=8 task.max_length=512 --out in_context.jsonl
+  python launch.py eval configs/demo.yaml task.demonstrations=2 --out in_context.jsonl
   python launch.py eval configs/demo.yaml --linear-probe --out probe.jsonl
   python launch.py export runs/demo-20260101-120000 tuned     a folder that others load
   python launch.py report runs/demo-20260101-120000           its course as one HTML page
