@@ -96,10 +96,11 @@ class ReplicaActor:
         reward_worker.end_with(os.getppid())
         if log.parent.is_dir():  # another node may not have the run folder
             output.divert(log)
-        dist_patch.apply(device)
-        # SGLang may be imported only after the patches, so not at this module's top.
-        from orchestrator.replica import Replica
-        from orchestrator.runner import World
+        with environment.importing():
+            dist_patch.apply(device)
+            # SGLang may be imported only after the patches, so not at this module's top.
+            from orchestrator.replica import Replica
+            from orchestrator.runner import World
 
         world = World(rank, config.fleet.tp_size, meeting_place)
         self._replica = Replica(config, device, world, marks)

@@ -1,10 +1,13 @@
-"""Environment variables that must stand before torch, numba or SGLang are imported.
+"""How a process is made ready for torch, numba and SGLang, before and while these are imported.
 
-Owns the table and the reason for each entry. `launch.py` sets them for its own process and
-`actors.py` hands them to Ray for the replicas'. Imports nothing heavy.
+Owns the table of environment variables, with the reason for each entry: `launch.py` sets them for
+its own process, and `actors.py` hands them to Ray for the replicas'. Imports nothing heavy.
 """
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def variables(threads: int) -> dict[str, str]:
@@ -36,3 +39,17 @@ def prepare(threads: int) -> None:
         # Ray runs whatever it is sent, and asks nobody who he is. One that is started here for one
         # run listens on the loopback address alone; without this, on all, whatever its options say.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Collect no garbage meanwhile: modules make little, and to look for it again and again takes
+    a quarter of the time in which SGLang is imported."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.freeze()  # what modules hold stays, and need not be looked through again
+            gc.enable()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator import assets
+from orchestrator import assets, environment
 from orchestrator.cluster_metrics import ClusterMetrics
 from orchestrator.config import Config, ConfigError
 from orchestrator.metrics import Observer
@@ -90,15 +90,16 @@ def _make_fleet(run: Run, log: Path, say: Say) -> Fleet:
         from orchestrator.actors import ActorFleet
 
         return ActorFleet(config, log, say, pieces=run.pieces)
-    import torch
+    with environment.importing():
+        import torch
 
-    from orchestrator import dist_patch
+        from orchestrator import dist_patch
 
-    device = config.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dist_patch.apply(device)
-    from orchestrator.local import LocalFleet  # imports SGLang, which has to follow the patches
+        device = config.model.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dist_patch.apply(device)
+        from orchestrator.local import LocalFleet  # imports SGLang: it has to follow the patches
 
     return LocalFleet(config, device, say)
 
