@@ -82,7 +82,7 @@ def main() -> int:
 def _without_fleet(arguments: argparse.Namespace) -> None:
     """The verbs that read a run's folder and load no model."""
     folder = Path(arguments.source)
-    run_folder.refuse_what_leads_elsewhere(folder)
+    run_folder.require(folder)
     if arguments.command == "report":
         print(runs.report(folder))
     elif arguments.command == "inspect":

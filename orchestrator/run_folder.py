@@ -114,11 +114,19 @@ def reopen(folder: Path, overrides: Sequence[str] = (), *, judges: bool = True) 
 
 def recipe_in(folder: Path) -> Path:
     """The recipe of the run in a folder. Refuses a folder that is no run's."""
-    refuse_what_leads_elsewhere(folder)
+    require(folder)
     path = folder / metrics.CONFIG_FILE
     if not path.is_file():
         raise ConfigError(f"{folder}: no run folder, it holds no {metrics.CONFIG_FILE}")
     return path
+
+
+def require(folder: Path) -> None:
+    """Refuse a folder that holds nothing of a run, or what a run's never holds."""
+    names = metrics.CONFIG_FILE, metrics.LEDGER_FILE
+    if not any(os.path.lexists(folder / name) for name in names):
+        raise ConfigError(f"{folder}: no run folder, it holds no {' and no '.join(names)}")
+    refuse_what_leads_elsewhere(folder)
 
 
 def refuse_what_leads_elsewhere(folder: Path) -> None:
