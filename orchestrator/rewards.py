@@ -76,6 +76,8 @@ class _Worker:
                 pass_fds=[descriptor],
                 start_new_session=True,
             )
+        # Tells that it has ended where the channel cannot: what it has started may hold that open.
+        self.end = os.pidfd_open(self.process.pid)
         self.is_ready = False
         self.sample: int | None = None
         self.deadline = time.monotonic() + START_S
@@ -113,6 +115,7 @@ class _Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.channel.close()
+        os.close(self.end)
 
 
 class RewardPool:
@@ -139,8 +142,7 @@ class RewardPool:
         while len(judged) < len(samples):
             self._fill(min(self._reward.workers, len(samples) - len(judged)))
             for worker in [worker for worker in self._workers if not worker.is_busy]:
-                if worker.process.poll() is not None:
-                    # What it started may hold its channel open, so that this tells no end.
+                if worker.process.poll() is not None:  # before it could be asked anything
                     self._lose(worker, "crash", "its process ended")
                 elif waiting:
                     index = waiting.popleft()
@@ -175,7 +177,8 @@ class RewardPool:
         """
         busy = [worker for worker in self._workers if worker.is_busy]
         rest = min(worker.deadline for worker in busy) - time.monotonic() if busy else 0.0
-        ready = wait([worker.channel for worker in self._workers], max(0.0, rest))
+        sources = [source for each in self._workers for source in (each.channel, each.end)]
+        ready = wait(sources, max(0.0, rest))
         values: list[tuple[int | None, Judged]] = []
         for worker in list(self._workers):
             sample, was_busy = worker.sample, worker.is_busy
@@ -188,6 +191,9 @@ class RewardPool:
                     continue
                 if answer is not None:
                     values += self._taken(worker, answer)
+            elif worker.end in ready:
+                lost = self._lose(worker, "crash", "its process ended")
+                values += [(sample, lost)] if was_busy else []
             elif was_busy and time.monotonic() > worker.deadline:
                 limit = START_S if sample is None else self._reward.timeout
                 values.append((sample, self._lose(worker, "timeout", f"no answer in {limit:g} s")))

@@ -53,6 +53,11 @@ MODULE = """
             os._exit(0)
         return os.getpid()
 
+    def fork_and_die(row, text):
+        if os.fork() == 0:
+            time.sleep(60)
+        os._exit(1)
+
     def variables(row, text):
         return sum(name in os.environ for name in row["names"])
 
@@ -171,6 +176,12 @@ def test_a_worker_that_dies_idle_is_replaced_whatever_it_has_forked(make: Make) 
     pool._workers[0].process.wait()
     (second,) = pool.judge([({}, "")])
     assert (second.failure, second.value != first.value) == (None, True)
+
+
+def test_a_worker_that_dies_at_work_is_not_waited_for_whatever_it_has_forked(make: Make) -> None:
+    pool, started = make("fork_and_die", timeout=300.0, workers=1), time.monotonic()
+    assert pool.judge([({}, "")]) == [Judged(LOST, "crash")]
+    assert time.monotonic() - started < 60
 
 
 def test_workers_end_with_the_process_that_started_them(make: Make, tmp_path: Path) -> None:
