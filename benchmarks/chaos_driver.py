@@ -21,7 +21,7 @@ from orchestrator.records import Probe, ProbeLoss
 from orchestrator.run_folder import Run
 
 # A replica that hangs is to be found in seconds, not minutes; loading may take long under load.
-LIMITS = Limits(deadline_floor_s=4.0, first_call_s=240.0)
+LIMITS = Limits(deadline_floor_s=4.0, first_call_s=120.0)
 PAUSE_S = 0.4  # between two evaluations of a held step's probes
 
 

@@ -41,7 +41,7 @@ from orchestrator.seats import Seat, Seats, State
 
 logger = logging.getLogger(__name__)
 Exporter = Callable[[str, str], Any]
-MOST_PLACEMENTS = 4  # failures of Ray to make a process, some seconds apart
+MOST_PLACEMENTS = 4  # failures to make a process, or to load in it, some seconds apart
 NEWS_S = 15.0  # between two messages about what is being waited for
 # A seat's states before its actor is up, and what is then waited for.
 ON_THE_WAY: dict[State, str] = {
@@ -61,9 +61,9 @@ DEATHS = (
     ray.exceptions.ObjectLostError,  # a large answer stays on its node until it is read
     ray.exceptions.RuntimeEnvSetupError,
 )
-# Exceptions in a replica that are the machine's doing: memory that ran out, a GPU that fell off.
-# By name, for torch's are not known here.
-MACHINE_FAILURES = ("MemoryError", "OutOfMemoryError", "AcceleratorError")
+# Exceptions in a replica that are the machine's doing: memory that ran out or has changed, a GPU
+# that fell off. By name, for torch's and those of modules that import it are not known here.
+MACHINE_FAILURES = ("MemoryError", "OutOfMemoryError", "AcceleratorError", "StateError")
 
 
 class ReplicaActor:
@@ -180,7 +180,7 @@ class ActorFleet:
         """Place the actors and wait until fleet.min_replicas of them have loaded the model.
 
         Raises what is wrong with the recipe as the replica told it. One that dies while it loads
-        is tried again later, unless all have.
+        is tried again later, see `_cannot_start`.
         """
         self._connect()
         device = self._device()
@@ -464,8 +464,8 @@ class ActorFleet:
                 self._answers[task] = answer
 
     def _place(self, seat: Seat) -> None:
-        """Ask for actors, which will stand at the base model, or at a snapshot: their first call
-        brings all updates that follow.
+        """Ask for actors, which will stand at the base model, or at a snapshot, and are then sent
+        the updates that follow.
 
         Several ranks are placed on one node, or not at all.
         """
@@ -669,9 +669,7 @@ def _result(seat: Seat, reference: Any, is_proven: bool) -> Any:
             raise _Lost("died") from error  # what one rank says of another's death
         cause = error.cause or error
         what = f"{type(cause).__name__}: {cause}"
-        # A snapshot is refused by a replica that differs, which its memory may have made it.
-        is_unasked = seat.state in (*ON_THE_WAY, "writing")
-        is_machine = type(cause).__name__ in MACHINE_FAILURES or is_unasked
+        is_machine = type(cause).__name__ in MACHINE_FAILURES or seat.state in ON_THE_WAY
         if is_proven and is_machine:
             raise _Lost(f"failed with {what}") from error
         if isinstance(cause, ConfigError):

@@ -33,6 +33,7 @@ VARIABLES = {
 INK, MUTED, LINE, ACCENT, *SERIES = VARIABLES
 MOST_POINTS = 400  # of a drawn line; longer ones are drawn as means and ranges of stretches
 MOST_LOOKS = 200  # of a drawn line of looks, each with its interval
+MOST_LABELLED = 1e3  # times: a logarithmic axis over less has labels inside of decades
 SMOOTHED_FROM = 20  # points: fewer need no running mean
 STYLE: Any = {  # matplotlib's types want literal keys
     "svg.fonttype": "none",
@@ -132,12 +133,14 @@ def logarithmic(name: str, lines: Mapping[str, Points], marked: float) -> str:
         axes.set_xscale("log")
         axes.set_yscale("log", nonpositive="mask")
         axes.minorticks_off()
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
         axes.axvline(marked, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
         for colour, points in zip(itertools.cycle(SERIES), lines.values(), strict=False):
             values = np.where(points.values > 0, points.values, math.nan)
             axes.plot(points.steps, values, color=colour, linewidth=1.6, marker="o", markersize=4)
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = axis.get_view_interval()
+            steps_of_decade = (1, 2, 5) if high < MOST_LABELLED * low else (1,)
+            axis.set_major_locator(LogLocator(subs=steps_of_decade, numticks=9))
         # Plain text in the page's font, where powers would be set in one of matplotlib's own.
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -522,11 +522,6 @@ class Config(Section):
                 "fleet.affinity: context: wants space.activation=suffix: only contexts that the "
                 "base model computes are kept from one step to the next"
             )
-        if self.estimator.warmup_steps > self.run.steps:
-            raise ValueError(
-                f"estimator.warmup_steps: {self.estimator.warmup_steps}: the run has but "
-                f"{self.run.steps} steps (run.steps), so lr would not be reached"
-            )
         if self.model.device == "cpu" and self.space.master == "host":
             raise ValueError("space.master: host: a CPU's memory is the host's; use float32")
         if self.estimator.decay_towards == "start" and self.space.master != "float32":

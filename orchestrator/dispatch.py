@@ -32,8 +32,8 @@ class Limits:
     deadline_floor_s: float = 30.0
     """But not before this: to start a replica takes as long, and so may a busy disk or network."""
     first_call_s: float = 1800.0
-    """For a replica to load, and for its first call of a kind, which compiles, captures and
-    replays the ledger."""
+    """For a replica to load, for each part of its replay, and for its first call of a kind, which
+    compiles and captures; in a run that is resumed the first of all replays the ledger."""
     patience_s: float = 600.0
     """For a fleet of which too little is left to get a replica back."""
     most_losses: int = 4
@@ -109,7 +109,8 @@ class Dispatcher:
         self._calls: dict[int, _Call] = {}  # by replica, the earliest first
         self._known: dict[int, set[str]] = {}  # the kinds of calls that a replica has answered
         self._times: dict[str, _Times] = {}
-        self._slowest: dict[str, float] = {}  # by kind, seconds a unit in any call
+        # Seconds a unit in any call; by kind, and whether it was a replica's first of the kind.
+        self._slowest: dict[tuple[str, bool], float] = {}
         self.work: defaultdict[str, Work] = defaultdict(Work)  # by kind
         self._short_since = clock()
         self._round = 0
@@ -310,7 +311,8 @@ class Dispatcher:
         seconds = (self._clock() - call.started) / call.size
         work = self.work[call.kind]
         work.seconds[replica] = seconds
-        self._slowest[call.kind] = max(seconds, self._slowest.get(call.kind, 0.0))
+        likes = call.kind, call.is_first
+        self._slowest[likes] = max(seconds, self._slowest.get(likes, 0.0))
         if call.is_first:
             self._known[replica].add(call.kind)
         else:
@@ -337,7 +339,8 @@ class Dispatcher:
         """Seconds that a call may take."""
         limits, median = self._limits, self._median(call.kind)
         if median is None:  # of a few calls nothing but the longest tells
-            slowest = self._slowest.get(call.kind, math.inf)
+            first = self._slowest.get((call.kind, True), math.inf)
+            slowest = self._slowest.get((call.kind, call.is_first), first)
             return max(limits.first_call_s, limits.deadline_factor * slowest * call.size)
         usual = max(limits.deadline_floor_s, limits.deadline_factor * median * call.size)
         return max(limits.first_call_s, usual) if call.is_first else usual

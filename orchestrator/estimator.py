@@ -169,9 +169,20 @@ def learning_rate(estimator: Estimator, step: int, steps: int) -> float:
     return estimator.lr * _share(estimator.schedule, progress)
 
 
-def is_decay_lost(estimator: Estimator) -> bool:
-    """Whether 1 - lr * weight_decay is nothing but 1 in float32, at the highest rate already."""
-    return estimator.weight_decay > 0 and float32(1 - estimator.lr * estimator.weight_decay) == 1
+def notes(estimator: Estimator, steps: int) -> list[str]:
+    """What a user should know of settings that do not do what they seem to in a run of `steps`."""
+    told = []
+    if estimator.weight_decay and float32(1 - estimator.lr * estimator.weight_decay) == 1:
+        told.append(
+            "estimator.weight_decay does nothing at this lr: 1 - lr * weight_decay is rounded to 1 "
+            "in float32"
+        )
+    if estimator.warmup_steps > steps:
+        told.append(
+            f"estimator.lr is not reached: estimator.warmup_steps, {estimator.warmup_steps}, are "
+            f"more than run.steps, {steps}"
+        )
+    return told
 
 
 def float32(value: float) -> float:

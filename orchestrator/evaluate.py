@@ -94,7 +94,7 @@ def interval(share: float, number: int) -> tuple[float, float]:
 
 def write_scores(path: Path, scores: Sequence[ExampleScore]) -> None:
     """One JSON object a line: the fields of ExampleScore. All, or the file stays as it was."""
-    unfinished = path.with_suffix(".new")
+    unfinished = path.with_name(f"{path.name}.new")
     with unfinished.open("w", encoding="utf-8") as file:
         for score in scores:
             file.write(strict_json.text(asdict(score)) + "\n")

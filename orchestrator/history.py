@@ -48,9 +48,9 @@ class History:
         return float(np.nansum(self.columns[name].values)) if name in self.columns else 0.0
 
 
-def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    lost = entry.get("lost")
-    if isinstance(lost, dict) and all(isinstance(number, int) for number in lost.values()):
+def _numbers(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    lost = metrics.lost_in(entry)
+    if lost is not None:
         yield "lost_samples", sum(lost.values())
     kv = entry.get("kv")
     parts = {f"kv_{name}": value for name, value in kv.items()} if isinstance(kv, dict) else {}

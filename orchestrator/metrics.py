@@ -12,8 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from annotated_types import Ge
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -101,7 +100,7 @@ class Evaluation:
     step: int
     accuracy: float
     """The mean of `metric`, whichever that is."""
-    num_examples: Annotated[int, Ge(1)]
+    num_examples: Annotated[int, Field(ge=1)]
     seconds: float
     metric: str = "accuracy"
     interval: Interval | None = None
@@ -124,7 +123,7 @@ class Summary:
     """Tokens that went through the model for probes, a second, while stepping."""
     baseline_accuracy: float | None
     final_accuracy: float
-    num_held_out: Annotated[int, Ge(1)]
+    num_held_out: Annotated[int, Field(ge=1)]
     digest: str
     versions: dict[str, str]
     metric: str = "accuracy"
@@ -137,7 +136,7 @@ class Summary:
     """Its mean over the dev rows then."""
     lost: dict[str, int] | None = None
     """With a reward: how many samples of all steps failed, by kind."""
-    kv: dict[str, float] | None = None
+    kv: dict[str, int | float] | None = None
     """`KvUse.numbers` of all probes, while stepping."""
     fleet: dict[str, Any] | None = None
     """`FleetState.numbers` of this process: who computed how many probes."""
@@ -235,7 +234,7 @@ def _last_byte(path: Path) -> bytes:
 
 def entries(folder: Path) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl in their order, but for those that a crash cut short, and those
-    that lack a number of their kind's.
+    that lack a number of their kind's; null is the loss of a step of which no loss was finite.
 
     A resumed run may have noted a step or an evaluation twice; the later entry holds.
     """
@@ -259,7 +258,7 @@ def _is_whole(entry: object) -> bool:
     if not isinstance(kind, str) or type(step) is not int:
         return False
     return all(
-        type(entry.get(name)) in (int, float) or (name in UNDEFINED and name in entry)
+        type(entry.get(name)) in (int, float) or (name in UNDEFINED and entry.get(name, 0) is None)
         for name in NUMBERS.get(kind, ())
     )
 
@@ -305,12 +304,20 @@ def best(looks: Iterable[Evaluation]) -> Evaluation | None:
     return max(order, key=lambda look: look.accuracy, default=None)
 
 
+def lost_in(entry: dict[str, Any]) -> dict[str, int] | None:
+    """How many samples a reward failed at in a step, by kind; None where it is not noted."""
+    counts = entry.get("lost")
+    if not isinstance(counts, dict) or any(type(count) is not int for count in counts.values()):
+        return None
+    return counts
+
+
 def lost(folder: Path) -> dict[str, int] | None:
     """How many samples a reward failed at in all steps, by kind; None for a run without one."""
     noted = {
-        entry["step"]: entry["lost"]
+        entry["step"]: counts
         for entry in entries(folder)
-        if entry["kind"] == "step" and isinstance(entry.get("lost"), dict)
+        if entry["kind"] == "step" and (counts := lost_in(entry)) is not None
     }
     if not noted:
         return None

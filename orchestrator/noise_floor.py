@@ -24,7 +24,7 @@ FLOAT32_ROUNDING = 2.0**-24  # of a number that is rounded to float32, as a shar
 def measure(config: Config, fleet: Fleet, step: int, examples: tuple[int, ...]) -> float | None:
     """Standard deviation of a loss over repeats, at the fleet's state, which is that before `step`.
 
-    None where fewer than two repeats are finite.
+    None where no two of them are finite; repeats of an order that agree are one.
     """
     middle = len(examples) // 2
     losses: list[float] = []

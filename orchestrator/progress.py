@@ -194,7 +194,7 @@ class Display:
                 f"best on dev rows: {told(metric, summary.best_dev)} after {summary.best_step} "
                 f"steps; to evaluate or export that state, use --at best"
             )
-        if summary.kv is not None and summary.kv["reused_share"]:
+        if summary.kv is not None and summary.kv.get("reused_share"):
             kv = summary.kv
             self.say(
                 f"{kv['asked']:,} prompt tokens asked, {kv['computed']:,} computed: "

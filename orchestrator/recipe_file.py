@@ -33,6 +33,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {_first_message(error)}") from None
 
 
+class _TwiceError(yaml.constructor.ConstructorError):
+    """A key that stands twice."""
+
+
+# What PyYAML raises for what it cannot read; some of it by mistake, as for `!!bool x`.
+UNREADABLE = (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
 class _Loader(yaml.SafeLoader):
     """Plain values only: no tags that make objects, and no aliases, of which a few lines could
     stand for more text than any memory holds. And no key twice, of which one would be lost."""
@@ -44,12 +52,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = set()
-        for key, _ in node.value:
-            if key.value in names:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} stands twice", key.start_mark
-                )
-            names.add(key.value)
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):  # others cannot be keys, which is told below
+                if (key.tag, key.value) in names:
+                    raise _TwiceError(None, None, f"{key.value} stands twice", key.start_mark)
+                names.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -57,14 +64,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(LONGEST + 1)
-        if len(text) > LONGEST:
-            raise ConfigError(f"{path}: is longer than {LONGEST:,} characters, so no recipe")
-        values = yaml.load(text, _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if len(text) > LONGEST:
+        raise ConfigError(f"{path}: is longer than {LONGEST:,} characters, so no recipe")
+    try:
+        values = yaml.load(text, _Loader)
     except RecursionError:
         raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # such as a date that there is not
+    except UNREADABLE as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold sections ({', '.join(Config.model_fields)})")
@@ -85,11 +95,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = child
     try:
         values[last] = yaml.load(text, _Loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ):  # such as a template, which begins with a brace
+    except _TwiceError as error:
+        raise ConfigError(f"{override!r}: {error.problem}") from None
+    except UNREADABLE:  # such as a template, which begins with a brace
         values[last] = text
 
 

@@ -27,6 +27,7 @@ from orchestrator.records import FAILURES
 logger = logging.getLogger(__name__)
 WORKER = Path(__file__).with_name("reward_worker.py")
 START_S = 120.0  # for the user's module to be imported
+LOOK_S = 1.0  # between two looks at whether workers are alive
 # What a worker sees of this process's environment, which may hold secrets.
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
@@ -76,8 +77,6 @@ class _Worker:
                 pass_fds=[descriptor],
                 start_new_session=True,
             )
-        # Tells that it has ended where the channel cannot: what it has started may hold that open.
-        self.end = os.pidfd_open(self.process.pid)
         self.is_ready = False
         self.sample: int | None = None
         self.deadline = time.monotonic() + START_S
@@ -115,7 +114,6 @@ class _Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.channel.close()
-        os.close(self.end)
 
 
 class RewardPool:
@@ -177,8 +175,7 @@ class RewardPool:
         """
         busy = [worker for worker in self._workers if worker.is_busy]
         rest = min(worker.deadline for worker in busy) - time.monotonic() if busy else 0.0
-        sources = [source for each in self._workers for source in (each.channel, each.end)]
-        ready = wait(sources, max(0.0, rest))
+        ready = wait([worker.channel for worker in self._workers], min(max(0.0, rest), LOOK_S))
         values: list[tuple[int | None, Judged]] = []
         for worker in list(self._workers):
             sample, was_busy = worker.sample, worker.is_busy
@@ -191,7 +188,8 @@ class RewardPool:
                     continue
                 if answer is not None:
                     values += self._taken(worker, answer)
-            elif worker.end in ready:
+            elif worker.process.poll() is not None and not wait([worker.channel], 0):
+                # What it has started may hold its channel open, so that this tells no end.
                 lost = self._lose(worker, "crash", "its process ended")
                 values += [(sample, lost)] if was_busy else []
             elif was_busy and time.monotonic() > worker.deadline:

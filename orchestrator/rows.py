@@ -145,8 +145,13 @@ def _read_json_lines(key: str, path: Path) -> list[Row]:
             continue
         try:
             fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{key}.path: {path}:{number}: not JSON: {error}") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{key}.path: {path}:{number}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError):
+            raise ConfigError(
+                f"{key}.path: {path}:{number}: not JSON that can be read: a number is too long, or "
+                "it is nested too deeply"
+            ) from None
         if not isinstance(fields, dict):
             raise ConfigError(f"{key}.path: {path}:{number}: must be an object, is {line[:40]}")
         rows.append(Row(fields, f"{path}:{number}"))
@@ -158,13 +163,12 @@ def _read_csv(key: str, path: Path) -> list[Row]:
     reader = csv.DictReader(io.StringIO(_text(key, path), newline=""))
     rows = []
     try:
-        names = reader.fieldnames or []
+        names = [name for name in reader.fieldnames or [] if name]
         if len(set(names)) < len(names):
             raise csv.Error(f"the first line names a field twice: {', '.join(names)}")
         for fields in reader:
-            if None in fields or None in fields.values():
-                many = "more" if None in fields else "fewer"
-                raise csv.Error(f"{many} fields than the first line has; quote texts with commas")
+            if any(fields.pop(None, None) or ()):
+                raise csv.Error("more fields than the first line has; quote texts with commas")
             rows.append(Row(dict(fields), f"{path}:{reader.line_num}"))
     except csv.Error as error:
         raise ConfigError(f"{key}.path: {path}:{reader.line_num}: not CSV: {error}") from None

@@ -64,7 +64,7 @@ def choose(path: Path, overrides: Sequence[str]) -> Run:
             "deletes the job's own working directory"
         )
     name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.run.dir).expanduser() if config.run.dir else RUNS_FOLDER / name
+    folder = Path(os.path.expanduser(config.run.dir)) if config.run.dir else RUNS_FOLDER / name
     refuse_what_leads_elsewhere(folder)
     run = _checked(config, folder)
     if run.ledger_path.exists():
@@ -149,8 +149,10 @@ def _resolved(path: Path) -> Path:
     """Where a path leads, be there something or not."""
     try:
         return path.resolve()
-    except (OSError, RuntimeError):
+    except RuntimeError:
         raise ConfigError(f"{path}: leads nowhere; its links lead to each other") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
 
 
 def code_overrides(config: Config, *, judges: bool = True) -> list[str]:

@@ -67,11 +67,8 @@ def _train(run: Run, display: Display) -> None:
             num_test=num_held_out,
             num_dev=len(run.data.dev),
         )
-        if estimator.is_decay_lost(run.config.estimator):
-            display.say(
-                "estimator.weight_decay does nothing at this lr: 1 - lr * weight_decay is rounded "
-                "to 1 in float32"
-            )
+        for sentence in estimator.notes(run.config.estimator, steps):
+            display.say(sentence)
         if ledger.next_step:
             display.say(f"replaying {ledger.next_step} steps ...")
             driver.check_digests()

@@ -31,6 +31,10 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 ALIGNMENT = 8  # bytes, of what stands before the values
 
 
+class StateError(RuntimeError):
+    """A replica's trained state is not the one that all have: its memory has changed."""
+
+
 class Snapshots:
     """The snapshots of one run, as one replica writes and reads them. All its ranks make the same
     calls."""
@@ -45,10 +49,10 @@ class Snapshots:
     def write(self, trained: Space, step: int, mark: bytes, digest: str) -> None:
         """Write down the state that so many updates, with this mark, have led to.
 
-        OSError where it cannot be written; RuntimeError if the state's digest is another.
+        OSError where it cannot be written; StateError if the state's digest is another.
         """
         if trained.digest() != digest:
-            raise RuntimeError(f"after {step} steps this replica's trained state is not {digest}")
+            raise StateError(f"after {step} steps this replica's trained state is not {digest}")
         values = chain.from_iterable(part.values() for part in trained.parts)
         first = next(values, None)
         if first is None:

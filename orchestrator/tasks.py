@@ -157,8 +157,21 @@ class Renderer:
         self._unconditional = Template.parse(task.unconditional)
         self._fields = [Template.parse(option).only_field for option in task.options]
 
+    def _refuse_near_misses(self, row: Row) -> None:
+        """What was meant for a field would stand in every prompt as it is written."""
+        for key, template in (("template", self._template), ("unconditional", self._unconditional)):
+            for name, braced in template.braced().items():
+                if name in row.fields:
+                    raise ConfigError(
+                        f"task.{key}: {braced} is no field as it is written: {{name}} or "
+                        "{name|function}, without spaces or hyphens; task.train.rename gives a "
+                        "field another name"
+                    )
+
     def __call__(self, id: int, row: Row, training: bool = False) -> Example:
         """Raises ConfigError, naming file and line, for a row without what the task asks for."""
+        if not id:
+            self._refuse_near_misses(row)
         answers: tuple[str, ...] = ()
         if self._task.is_generated:
             answers = self._answers(row) if self._task.needs_answers else ()
@@ -273,8 +286,8 @@ class Renderer:
             return [names.index(value.lower())]
         if value in options:
             return [options.index(value)]
-        numbers = [str(number) for number in range(len(options))]
-        return [numbers.index(value)] if value in numbers else []
+        is_number = value.isdecimal() and len(value) < 10  # an int of thousands of digits raises
+        return [int(value)] if is_number and int(value) < len(options) else []
 
 
 def _single(key: str, row: Row, path: str) -> str:

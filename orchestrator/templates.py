@@ -55,10 +55,6 @@ TEXT_FUNCTIONS: dict[str, Callable[[str], str]] = {
 }
 
 
-# What was meant for a field, and would else stand in every prompt as it is written.
-LOOKS_LIKE_SLOT = re.compile(r"\{\s*[\w.]+(?:[ -]+[\w.]+)*\s*(?:\|\s*\w+\s*)*\}")
-
-
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A place in a template: a field, by its path such as answers.text, and what is done to it."""
@@ -110,12 +106,6 @@ class Template:
             parts += [text[end : match.start()], Slot(match[1], tuple(match[2].split("|")[1:]))]
             end = match.end()
         parts.append(text[end:])
-        for part in parts:
-            if isinstance(part, str) and (found := LOOKS_LIKE_SLOT.search(part)):
-                raise ValueError(
-                    f"{text!r}: {found[0]} is no field: write {{name}} or {{name|function}}, "
-                    "without spaces or hyphens; task.train.rename gives a field another name"
-                )
         places = []
         for index, part in enumerate(parts):
             if isinstance(part, Slot):
@@ -146,6 +136,12 @@ class Template:
     @property
     def takes_option(self) -> bool:
         return bool(self.rest)
+
+    def braced(self) -> dict[str, str]:
+        """Braces that are text and no slot, such as { name } or {a-b|lower}, by what is in them."""
+        texts = [part for part in (*self.stem, *self.rest) if isinstance(part, str)]
+        found = [match for text in texts for match in re.finditer(r"\{([^{}|]+)[^{}]*\}", text)]
+        return {match[1].strip(): match[0] for match in found}
 
     @property
     def only_field(self) -> Slot | None:

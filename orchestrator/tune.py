@@ -288,8 +288,9 @@ def choose_lr(settings: Estimator, signal: Signal) -> LrChoice:
     unit, what = _unit(settings, signal)
     if not 0 < lr * unit < math.inf:
         raise ConfigError(
-            f"estimator.lr: with {settings.batch_size} rows a batch neither slope nor curvature of "
-            "the loss is seen; see model.dtype, task.template and task.objective"
+            f"estimator.lr: with {settings.batch_size} rows a batch the losses tell no rate: no "
+            "curvature is seen, and no slope or nothing to measure a gain by; see model.dtype, "
+            "task.template and task.objective"
         )
     if by_curvature <= by_gain:
         reason = (

@@ -58,7 +58,6 @@ REFUSALS = {
     "estimator={kind: es, num_seeds: 4, seeds_schedule: linear, num_seeds_final: 1}": (
         "num_seeds_final: 1: estimator.kind=es compares"
     ),
-    "estimator.warmup_steps=9999": "estimator.warmup_steps: 9999: the run has but",
     "model.quantization=fp8": "demo.yaml: model.quantization: fp8: space.kind=dense trains",
     "estimator.eps_final=1e-4": "estimator.eps_final: 0.0001 is never reached with eps_schedule=",
     "estimator.seeds_schedule=cosine": "estimator.num_seeds_final: missing; seeds_schedule=cosine",
@@ -197,6 +196,10 @@ def test_missing_sections_and_files_are_named(tmp_path: Path) -> None:
     for text, told in (
         ("run: {steps: 3}\nrun: {steps: 4}\n", "run stands twice.*line 2"),
         ("run: {steps: 3, dir: 2026-02-30}\n", "day is out of range"),
+        ("run: {[1, 2]: 3}\n", "unhashable key"),
+        ("run: !!map [a]\n", "expected a mapping node"),
+        ("run: !!bool x\n", "x"),
+        ("run: !!timestamp x\n", ""),
     ):
         broken.write_text(text)
         with pytest.raises(ConfigError, match=rf"broken\.yaml: not valid YAML: .*{told}"):
@@ -295,3 +298,12 @@ def test_the_fleets_bounds_agree() -> None:
     ):
         with pytest.raises(ConfigError, match=f"fleet.{message}"):
             load(DEMO, [ray, *(f"fleet.{override}" for override in overrides)])
+
+
+@pytest.mark.parametrize(
+    "text", ["{sentence}: {option}", "{{sentence}} {option}", "a {b c} {option}"]
+)
+def test_a_template_may_stand_in_an_override_as_it_is(text: str) -> None:
+    assert load(DEMO, [f"task.template={text}"]).task.template == text
+    with pytest.raises(ConfigError, match="^'estimator={eps: 1, eps: 2}': eps stands twice$"):
+        load(DEMO, ["estimator={eps: 1, eps: 2}"])

@@ -216,6 +216,7 @@ def test_a_fork_under_other_settings_resumes_to_the_same_ledger(
 @pytest.mark.parametrize("kind", ["two_sided", "one_sided", "es"])
 def test_a_steps_loss_is_the_mean_over_its_probes(kind: str, tmp_path: Path) -> None:
     answers: list[float] = []
+    seen: list[int] = []
 
     class Noted(ToyFleet):
         def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
@@ -225,6 +226,7 @@ def test_a_steps_loss_is_the_mean_over_its_probes(kind: str, tmp_path: Path) -> 
 
     class Watcher:
         def step(self, metrics: StepMetrics) -> None:
+            seen.append(metrics.step)
             assert metrics.loss == pytest.approx(sum(answers) / len(answers))
 
         def evaluation(self, evaluation: Evaluation) -> None:
@@ -234,6 +236,7 @@ def test_a_steps_loss_is_the_mean_over_its_probes(kind: str, tmp_path: Path) -> 
     batches = Batches(chosen, 20)
     with Ledger.create(tmp_path / "ledger.jsonl", HEADER) as ledger:
         Driver(chosen, Noted(), ledger, [Watcher()], batches=batches, num_test=5).train()
+    assert seen == list(range(chosen.run.steps))
 
 
 def test_momentum_is_the_heavy_ball_with_a_velocity(tmp_path: Path) -> None:

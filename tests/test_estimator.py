@@ -308,3 +308,10 @@ def test_option_cross_entropy() -> None:
     assert option_cross_entropy([-1e4, -2e4], 1) == pytest.approx(1e4)
     assert not math.isfinite(option_cross_entropy([math.nan, 1.0], 1))
     assert not math.isfinite(option_cross_entropy([-math.inf, -math.inf], 1))
+
+
+def test_settings_that_do_nothing_are_told() -> None:
+    assert estimator.notes(settings(lr=1e-3, weight_decay=0.1, warmup_steps=5), 5) == []
+    lost, slow = estimator.notes(settings(lr=1e-6, weight_decay=0.01, warmup_steps=6), 5)
+    assert estimator.float32(1 - 1e-8) == 1 and "weight_decay does nothing" in lost
+    assert "estimator.lr is not reached" in slow

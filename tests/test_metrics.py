@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from orchestrator.metrics import (
     Evaluation,
+    KvUse,
     Records,
     StepMetrics,
     Summary,
@@ -190,6 +191,17 @@ def test_a_summary_of_other_types_is_none(damage: dict[str, Any], tmp_path: Path
     assert read_summary(tmp_path) is None
 
 
+def test_counts_are_read_as_counts(tmp_path: Path) -> None:
+    use, records = KvUse(asked=123456, computed=23456, across=50000), Records(tmp_path)
+    records.summary(replace(SUMMARY, kv=use.numbers()))
+    records.close()
+    summary, terminal = read_summary(tmp_path), io.StringIO()
+    assert summary is not None
+    Display(terminal, num_steps=3).result(summary, Path("runs/x"))
+    shown = " ".join(terminal.getvalue().split())
+    assert "123,456 prompt tokens asked, 23,456 computed: 81% reused (50,000 inside" in shown
+
+
 def test_looks_of_other_types_are_left_out(tmp_path: Path) -> None:
     look = {"kind": "evaluation", **asdict(BEFORE)}
     damages: list[dict[str, Any]] = [{}, {"num_examples": 0}, {"interval": [1]}, {"metric": 3}]
@@ -201,7 +213,8 @@ def test_looks_of_other_types_are_left_out(tmp_path: Path) -> None:
 def test_counting_lost_samples_takes_little_memory(tmp_path: Path) -> None:
     entry = {"kind": "step", **asdict(STEPS[0])}
     text = "".join(json.dumps({**entry, "step": step}) + "\n" for step in range(20_000))
-    (tmp_path / "metrics.jsonl").write_text(text)
+    foreign = json.dumps({**entry, "lost": {"raised": "x"}})
+    (tmp_path / "metrics.jsonl").write_text(f"{text}{foreign}\n")
     tracemalloc.start()
     assert metrics_lost(tmp_path) is None
     assert tracemalloc.get_traced_memory()[1] < 2**21

@@ -91,10 +91,11 @@ def test_csv_rows_are_selected_and_renamed(tmp_path: Path) -> None:
 
 def test_files_as_spreadsheets_write_them(tmp_path: Path) -> None:
     path = tmp_path / "rows.CSV"
-    path.write_bytes("\ufefftext,label,a.b\r\ngood,1,x\r\n".encode())
-    (found,) = read(path)
-    assert found.fields == {"text": "good", "label": "1", "a.b": "x"}
-    assert found.find("task.label", "a.b") == "x"
+    path.write_bytes("\ufefftext,label,a.b,,\r\ngood,1,x,,,\r\nbad,0\r\n".encode())
+    first, second = read(path)
+    assert first.fields == {"text": "good", "label": "1", "a.b": "x", "": ""}
+    assert first.find("task.label", "a.b") == "x"
+    assert second.find("task.label", "a.b") is None
 
 
 def test_folders_that_datasets_saved(tmp_path: Path) -> None:
@@ -153,7 +154,6 @@ def test_bad_sources_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     tables = {
         "wide": "label,text\n1,great, really",
-        "narrow": "label,text\n1",
         "twice": "text,label,text\na,1,b",
     }
     for name, text in tables.items():
@@ -166,10 +166,9 @@ def test_bad_sources_are_refused_by_name(tmp_path: Path) -> None:
         latin: r"latin.jsonl: cannot be read: .*utf-8",
         table: r"task.train.path: .*table.parquet: cannot be read: ",
         tmp_path / "wide.csv": r"wide.csv:2: not CSV: more fields than the first line has; quote",
-        tmp_path / "narrow.csv": r"narrow.csv:2: not CSV: fewer fields than the first line has",
         tmp_path / "twice.csv": r"twice.csv:1: not CSV: the first line names a field twice: text",
-        tmp_path / "deep.jsonl": r"deep.jsonl:1: not JSON: ",
-        tmp_path / "long.jsonl": r"long.jsonl:1: not JSON: ",
+        tmp_path / "deep.jsonl": r"deep.jsonl:1: not JSON that can be read: .* too deeply",
+        tmp_path / "long.jsonl": r"long.jsonl:1: not JSON that can be read: a number is too long",
         tmp_path / "empty": r"task.train.path: .*empty: cannot be read: ",
         "package:nowhere/rows.csv": r"the package nowhere is not installed",
         "package:numpy/rows.csv": r"the package numpy holds no file rows.csv",

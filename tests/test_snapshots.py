@@ -432,10 +432,10 @@ def test_a_respawned_replica_is_sent_only_what_follows_the_snapshot(
     sent: dict[Any, list[int]] = {}  # to each actor, be it dead by then or not
     call = two._call
 
-    def noted(seat: Any, *arguments: Any) -> None:
-        missing = two._updates[seat.num_applied :]
+    def noted(seat: Any, *arguments: Any, upto: int | None = None) -> None:
+        missing = two._updates[seat.num_applied : upto]
         sent.setdefault(seat.actor, []).extend(update.step for update in missing)
-        call(seat, *arguments)
+        call(seat, *arguments, upto=upto)
 
     two._call = noted  # type: ignore[method-assign, assignment]
 

@@ -236,3 +236,14 @@ def test_a_row_without_what_the_task_asks_for_is_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         one(tmp_path, row, **values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("written", ["{ sentence }", "{sentence | strip}", "{product-title|strip}"])
+def test_what_was_meant_for_a_field_is_refused(written: str, tmp_path: Path) -> None:
+    """Else it would stand in every prompt as it is written; braces that name no field do."""
+    row = {"sentence": "fine", "label": 0, "product-title": "x"}
+    boxed = "\\boxed{the answer} {sentence} {option}"
+    found = one(tmp_path, row, options=["a", "b"], template=boxed)
+    assert found.prompt == "\\boxed{the answer} fine"
+    with pytest.raises(ConfigError, match=r"task\.template: \{.*\} is no field as it is written"):
+        one(tmp_path, row, options=["a", "b"], template=f"{written} {{sentence}}{{option}}")

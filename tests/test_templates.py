@@ -73,12 +73,6 @@ def test_the_readme_of_the_recipes_explains_every_function() -> None:
     [
         ("{a} {option} {option}", "has a place for the option more than once"),
         ("{a|with_option} {option}", "has a place for the option more than once"),
-        ("{ a } {option}", r"\{ a \} is no field: write \{name\}"),
-        ("{a | strip} {option}", r"\{a \| strip\} is no field"),
-        (
-            "{product-title} {option}",
-            r"\{product-title\} is no field: .* without spaces or hyphens",
-        ),
         ("{a|eval} {option}", r"\{a\|eval\}: no text function is called eval; there are: as_bull"),
     ],
 )

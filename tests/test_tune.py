@@ -221,7 +221,7 @@ def test_gains_are_measured_by_what_the_objective_can_gain() -> None:
     """A loss of 0 proposes no rate; for a metric that is 0 so far there is one."""
     chosen = config()
     signal = measured(Valley(1e-9, curvature=0.0), chosen).signal
-    with pytest.raises(ConfigError, match=r"estimator\.lr: with \d+ rows a batch neither slope"):
+    with pytest.raises(ConfigError, match=r"estimator\.lr: with \d+ rows a batch the losses"):
         tune.choose_lr(chosen.estimator, dataclasses.replace(signal, scale=0.0))
     for objective, scale in (("loss", 0.25), ("f1", 1.0), ("reward", math.inf)):
         task = chosen.task.model_copy(update={"objective": objective})
