@@ -105,6 +105,7 @@ def attend(
             BLOCK_ROWS=launch.rows,
             BLOCK_KEYS=launch.keys,
             HAS_CONTEXT=context is not None,
+            WIDE=num_tokens * max(keys.stride(0), values.stride(0)) >= 2**31,
             num_warps=launch.warps,
             num_stages=launch.stages,
         )
@@ -148,6 +149,7 @@ def _attend(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
     first_row = tl.program_id(0) * BLOCK_ROWS
     head = tl.program_id(1)
@@ -175,6 +177,8 @@ def _attend(
             number = first_key + key
             inside = number < count
             place = tl.load(places + number, mask=inside, other=0).to(tl.int32)
+            if WIDE:
+                place = place.to(tl.int64)
             of_keys = in_head[:, None] & inside[None, :]
             of_values = inside[:, None] & in_head[None, :]
             seen = tl.load(

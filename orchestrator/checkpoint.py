@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orchestrator.assets import check_model, dequantized_folder, resolve_file
 from orchestrator.config import ConfigError
 
+CONFIG = "config.json"
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 # Buffers that old checkpoints carry and no parameter holds.
 BUFFERS = ("rotary_emb.inv_freq",)
@@ -82,6 +83,11 @@ def weights_hash(folder: Path) -> str:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.name} {content}\n".encode())
     return digest.hexdigest()
+
+
+def config_hash(folder: Path) -> str:
+    """Hash (16 hex digits) of the model's configuration, which decides what the weights compute."""
+    return hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()[:16]
 
 
 class Checkpoint:

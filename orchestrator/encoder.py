@@ -3,6 +3,7 @@
 Knows neither the model nor its tokenizer, which is handed in as a function.
 """
 
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,6 +73,7 @@ class Encoder:
         self._contexts: dict[Split, list[int]] = {}
         self._longest_prompt = 0
         self._cue: list[int] | None = None
+        self._digest = hashlib.sha256()
         for split in get_args(Split):
             self._encode_split(split)
         if is_activated:
@@ -84,6 +86,7 @@ class Encoder:
         self._splits[split], self._contexts[split] = [], []
         for example in examples:
             prompt, sequences = next(tokens), [next(tokens) for _ in example.texts]
+            self._digest.update(repr((prompt, sequences)).encode())
             context = 0
             if self._is_activated:
                 marked = next(tokens), next(tokens)
@@ -99,6 +102,11 @@ class Encoder:
             return example.prompt, *example.texts
         assert example.context is not None  # the configuration has seen to that
         return example.prompt, *example.texts, *example.context
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash (16 hex digits) of all tokens: another tokenizer has another."""
+        return self._digest.hexdigest()[:16]
 
     @property
     def invocation(self) -> tuple[int, ...]:

@@ -106,12 +106,15 @@ class Engine:
             attention_backend="torch_native" if on_cpu else "triton",
             sampling_backend="pytorch",
             disable_cuda_graph=on_cpu or not cuda_graphs,
+            # Its replay runs no layer's hooks, by which a forward waits for weights on their way;
+            # and whether there is one depends on the memory that is free at the start.
+            disable_prefill_cuda_graph=True,
             cuda_graph_bs_decode=list(DECODE_GRAPHS),
             disable_overlap_schedule=True,
             max_total_tokens=kv_tokens + margin,
             quantization=quantization,
-            max_running_requests=MAX_BATCH_SEQUENCES,
-            mem_fraction_static=0.5,
+            max_running_requests=MAX_BATCH_SEQUENCES + (margin > 0),  # a graph's padding is one
+            mem_fraction_static=0.9,  # the most that the KV pool may grow to with the weights
             page_size=1,
             enable_fp32_lm_head=True,
             random_seed=0,
@@ -126,6 +129,13 @@ class Engine:
             Checkpoint(Path(model_path))  # refuses damaged files by name, which SGLang does not
         self._runner = Runner(arguments, model_config, world, threads)
         runner = self._runner.model_runner
+        room = int(runner.max_total_num_tokens) - margin
+        if room < kv_tokens:  # batches, and so losses, would depend on the memory that was free
+            self._runner.close()
+            raise ConfigError(
+                f"model.kv_tokens: {kv_tokens} do not fit beside the model, there is room for "
+                f"{max(0, room)}; lower it"
+            )
         self.slots: AdapterSlots | None = None
         if adapters is not None:
             self.slots = AdapterSlots(runner, adapters, world.rank)

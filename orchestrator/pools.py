@@ -52,7 +52,8 @@ class Pools:
     """What a runner's sequences take while they are in it."""
 
     def __init__(self, model_runner: Any, prefixes: PrefixSlots | None, margin: int) -> None:
-        """`margin` is how many KV slots are never to be counted as room for sequences."""
+        """`margin` is how many KV slots are never to be counted as room for sequences; where there
+        is one, neither is one request slot: a graph's batch may have a sequence of padding."""
         self._model_runner, self._prefixes, self._margin = model_runner, prefixes, margin
         self.allocator = model_runner.token_to_kv_pool_allocator
         self.requests = model_runner.req_to_token_pool
@@ -66,7 +67,8 @@ class Pools:
         )
         self.kv_tokens = int(self.allocator.available_size()) - margin
         """Tokens that sequences may hold, without the entries of prefix slots."""
-        self.max_sequences = len(self.requests.free_slots)  # SGLang lowers it to suit the pool
+        # SGLang lowers it to suit the pool.
+        self.max_sequences = len(self.requests.free_slots) - (margin > 0)
         """Requests that there may be at a time."""
         self._ids = itertools.count()
         # Holds the place of entries that are not allocated yet; SGLang's slot for padding.
@@ -77,7 +79,7 @@ class Pools:
     def free(self) -> tuple[int, int]:
         """KV slots (tokens) and request slots that are free or held by evictable entries."""
         kv = self.allocator.available_size() + self.cache.evictable_size() - self._margin
-        return int(kv), len(self.requests.free_slots)
+        return int(kv), len(self.requests.free_slots) - (self._margin > 0)
 
     def request(
         self,

@@ -162,6 +162,8 @@ class ReplicaInfo:
     num_parameters: int
     device: str
     versions: tuple[tuple[str, str], ...]
+    """Of packages; and what else may differ between machines where weights and rows are the same:
+    hashes of the prompts' tokens and of the model's config.json."""
 
 
 @dataclass(frozen=True, slots=True)

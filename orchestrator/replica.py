@@ -125,7 +125,11 @@ class Replica:
             data_hash=data.fingerprint(),
             num_parameters=self.space.num_parameters,
             device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            versions=tuple((name, importlib.metadata.version(name)) for name in RECORDED_PACKAGES),
+            versions=(
+                *((name, importlib.metadata.version(name)) for name in RECORDED_PACKAGES),
+                ("tokens", self._encoder.fingerprint),
+                (checkpoint.CONFIG, checkpoint.config_hash(folder)),
+            ),
         )
         self._snapshots: Snapshots | None = None
         self._next_step = 0

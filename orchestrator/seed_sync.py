@@ -23,6 +23,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from orchestrator.records import StepUpdate
 
 LEDGER_FORMAT = 1
 MARK_EVERY = 256  # steps between those whose place in the file is remembered
+CLOSED = re.compile(rb',"crc":"[0-9a-f]{8}"}\n\Z')  # how a line ends
 LONGEST_LINE = 1 << 20  # bytes; more is no line of ours, and is not read into memory
 R = TypeVar("R", "Header", "StepRecord")
 
@@ -66,7 +68,7 @@ class Header:
     weights_hash: str
     config_hash: str
     data_hash: str
-    versions: tuple[tuple[str, str], ...]  # pairs of a package's name and its version
+    versions: tuple[tuple[str, str], ...]  # pairs of a name and its version, see ReplicaInfo
     forked_from: tuple[tuple[int, str, str, str], ...] = ()
 
     @property
@@ -407,6 +409,12 @@ def survey(path: Path, found: Survey) -> None:
             whole = line.endswith(b"\n") and _unsealed(line[:-1]) is not None
             # Two lines in one are not torn: a line break is damaged.
             if not whole and is_last and b'{"step":' not in line[1:]:
+                if line.startswith(b'{"step":') and CLOSED.search(line) and b"\0" not in line:
+                    raise LedgerError(
+                        f"{path}: line {number}: is damaged, and no crash's doing, for it has both "
+                        "its ends; restore the file from a copy, or delete this last line, whose "
+                        "step is then taken again"
+                    )
                 found.torn = len(line)
                 break
             if number == 1:

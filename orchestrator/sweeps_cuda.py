@@ -232,6 +232,8 @@ class Table:
     ) -> None:
         stored = {master.dtype for master in masters(self._slices)}
         check_counts(updates)
+        # A step that kept no seed is to leave -0.0 as it is, which adding nothing would not.
+        updates = [update for update in updates if update.seeds or update.decay != 1]
         draws = [draw for update in updates for draw in _draws(update)]
         looked_up = _magnitudes(kind, self._device).data_ptr()
         if len(draws) == len(stored) == 1:

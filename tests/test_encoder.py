@@ -86,6 +86,12 @@ def test_an_option_that_leaves_no_room_is_refused_by_line(tmp_path: Path) -> Non
         by_words(found, max_length=2)
 
 
+def test_another_tokenizer_has_another_fingerprint(tmp_path: Path) -> None:
+    found = data(tmp_path / "rows.jsonl", [ROW])
+    assert by_words(found).fingerprint == by_words(found).fingerprint
+    assert by_words(found, bos=77).fingerprint != by_words(found).fingerprint
+
+
 def test_a_prompt_of_one_token_is_accepted(tmp_path: Path) -> None:
     encoder = by_words(data(tmp_path / "rows.jsonl", [ROW], template="So: {option}"))
     assert encoder.encode("train", [0])[0].spans == ((1, 2), (1, 2))

@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.config import ConfigError
 from orchestrator.engine import Engine
+from orchestrator.pools import Pools
+from orchestrator.runner import Runner
 from orchestrator.score_attention import KeysElsewhere, UncachedAttention
+from orchestrator.score_graphs import TOKEN_STEP
 
 Engines = Callable[[str], Engine]
 
@@ -211,3 +214,28 @@ def test_graphs_refuse_layers_without_keys_of_their_own() -> None:
     layer: Any = SimpleNamespace(layer_id=3)
     with pytest.raises(KeysElsewhere):
         attention.forward_extend(torch.zeros(1, 8), None, None, layer, layer)
+
+
+def test_where_graphs_pad_batches_there_is_room_for_a_sequence_more(engines: Engines) -> None:
+    runner = engines("llama")._runner.model_runner
+    exact, padded = Pools(runner, None, 0), Pools(runner, None, 32)
+    assert padded.max_sequences == exact.max_sequences - 1
+    assert padded.free()[1] == exact.free()[1] - 1
+
+
+def test_a_pool_that_finds_no_room_is_refused(
+    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang makes a smaller one, by what is free; batches would then be cut by that."""
+    monkeypatch.setattr(Runner, "__init__", _with_less_room(Runner.__init__))
+    with pytest.raises(ConfigError, match="model.kv_tokens: 64 do not fit .* room for 50; lower"):
+        Engine(str(model_folders["opt"]), dtype="float32", device=DEVICE, kv_tokens=64)
+
+
+def _with_less_room(original: Callable[..., None]) -> Callable[..., None]:
+    def made(runner: Runner, *arguments: Any) -> None:
+        original(runner, *arguments)
+        margin = 0 if DEVICE == "cpu" else TOKEN_STEP
+        runner.model_runner.max_total_num_tokens = 50 + margin
+
+    return made

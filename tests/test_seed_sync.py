@@ -218,12 +218,21 @@ def test_last_line_of_rubbish_is_cut_off(path: Path, end: bytes) -> None:
     assert path.read_bytes() == whole
 
 
-def test_last_line_with_a_damaged_byte_is_cut_off(path: Path) -> None:
+def test_last_line_with_a_damaged_byte_is_refused_or_cut_off(path: Path) -> None:
+    """A crash leaves a beginning, or zeros: what has both its ends was changed."""
     whole = write(path, steps(2))
     last_line = whole.index(b'{"step":1')
+    refused = 0
     for position in range(last_line, len(whole) - 1):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        try:
+            assert read(path) == (HEADER, steps(1))
+        except LedgerError as error:
+            refused += 1
+            assert "line 3: is damaged" in str(error) and "delete this last line" in str(error)
+        path.write_bytes(whole[:position] + b"\0" + whole[position + 1 :])
         assert read(path) == (HEADER, steps(1))
+    assert refused > 0.8 * (len(whole) - last_line)
 
 
 def test_no_whole_header_is_refused(path: Path) -> None:

@@ -397,6 +397,22 @@ def check_nothing_is_fused(sweeps: Sweeps) -> None:
     _assert_same_bits(live, expected, "live")
 
 
+def check_a_step_without_seeds_changes_nothing(sweeps: Sweeps) -> None:
+    """Not even the sign of a zero, alone or between others."""
+    idle, small = _step([], [], step=1, decay=1.0), _step([SEED], [0.0], step=2, decay=1.0)
+    for stored, others in product(MASTERS, ([], [small])):
+        found = []
+        for updates in ([*others], [idle, *others, idle]):
+            master = torch.full((8, 8), -0.0, dtype=stored)
+            live = torch.ones(8, 8, dtype=torch.bfloat16)
+            table = sweeps.Table([Slice(TensorRegion(NAME, 0, 8), master, live)])
+            table.update("gaussian", updates)
+            _assert_same_bits(live, master.to(torch.bfloat16), "live")
+            found.append(master)
+        _assert_same_bits(found[1], found[0], f"master {stored}")
+        assert others or found[0].signbit().all()
+
+
 def check_infinities_and_nan_survive(sweeps: Sweeps) -> None:
     for stored in MASTERS:
         master = torch.tensor([[float("inf"), -float("inf"), float("nan")]] * 50, dtype=stored)
@@ -467,6 +483,10 @@ def test_numba_takes_empty_slices() -> None:
 
 def test_numba_fuses_nothing() -> None:
     check_nothing_is_fused(sweeps_numba)
+
+
+def test_numba_leaves_all_as_it_is_in_a_step_without_seeds() -> None:
+    check_a_step_without_seeds_changes_nothing(sweeps_numba)
 
 
 def test_numba_keeps_infinities_and_nan() -> None:
@@ -588,6 +608,7 @@ def test_cuda_kernels_are_the_specification(tmp_path: Path) -> None:
     check_empty_slices(cuda)
     check_nothing_is_fused(cuda)
     check_infinities_and_nan_survive(cuda)
+    check_a_step_without_seeds_changes_nothing(cuda)
 
 
 def test_cuda_kernels_compile_and_fuse_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from orchestrator import score_graphs
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import Config
-from orchestrator.engine import Engine
+from orchestrator.engine import MAX_BATCH_SEQUENCES, Engine
 from orchestrator.records import Probe, StepUpdate
 from orchestrator.score_graphs import MAX_CAPTURED
 from orchestrator.spaces import SpacePlan
@@ -143,3 +143,27 @@ def test_graphs_serve_adapters(
         engine.close()
     assert found[1] == pytest.approx(found[0], abs=1e-4)
     assert len(set(found[1])) > len(found[1]) // 2
+
+
+def test_a_batch_of_as_many_rows_as_there_may_be_has_room_for_its_padding(
+    model_folders: dict[str, Path],
+) -> None:
+    """256 sequences of 4 tokens, and one more token, so that a sequence of padding follows."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, *[4] * (MAX_BATCH_SEQUENCES - 1)]
+    sequences = [torch.randint(3, 13, (n,), generator=generator).tolist() for n in lengths]
+    spans = [(1, length) for length in lengths]
+    eager, replayed = (
+        Engine(
+            str(model_folders["opt"]),
+            dtype="float32",
+            device="cuda",
+            kv_tokens=4096,
+            score_graphs=graphs,
+            share_contexts=False,
+        )
+        for graphs in (False, True)
+    )
+    expected = [span.sum for span in eager.score(sequences, spans).spans]
+    found = [span.sum for span in replayed.score(sequences, spans).spans]
+    assert found == pytest.approx(expected, abs=1e-4)
