@@ -5,6 +5,7 @@ Owns the run folder's names. Nothing here is needed to resume: the ledger alone 
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field, TypeAdapter, ValidationError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from orchestrator import strict_json
 
@@ -177,7 +178,7 @@ class Records:
         self._metrics = path.open("a", encoding="utf-8")
         if is_torn:  # a crash cut the last line short; the next must not become part of it
             self._metrics.write("\n")
-        self._events = EventFileWriter(str(folder))
+        self._events = _Events(folder)
 
     def step(self, metrics: StepMetrics) -> None:
         more = {"below_floor": metrics.is_below_floor, "kv": metrics.kv.numbers()}
@@ -218,9 +219,27 @@ class Records:
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
         drawn = [EventSummary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._events.add_event(
-            Event(wall_time=time.time(), step=step, summary=EventSummary(value=drawn))
-        )
+        self._events.write(step=step, summary=EventSummary(value=drawn))
+
+
+class _Events:
+    """A file of TensorBoard's, each event in it at once.
+
+    TensorBoard's own writer hands events to a thread, for which a run that is interrupted in the
+    middle of that may wait for ever.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.0"
+        self._file = (folder / name).open("ab", buffering=0)
+        self._records = RecordWriter(self._file)
+        self.write(file_version="brain.Event:2")
+
+    def write(self, **fields: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _last_byte(path: Path) -> bytes:

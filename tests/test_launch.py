@@ -216,7 +216,7 @@ def test_inspect_tells_what_a_ledger_holds(finished: Path, tmp_path: Path) -> No
     assert done.returncode == MISTAKE
     assert "0 to 2, 3 in all" in done.stdout
     assert "line 5: is damaged" in done.stderr and done.stderr.count("\n") == 1
-    assert "holds no ledger.jsonl" in mistake("inspect", tmp_path)
+    assert "holds no config.yaml and no ledger.jsonl" in mistake("inspect", tmp_path)
 
 
 @pytest.mark.slow
