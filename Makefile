@@ -7,8 +7,9 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell \
 	2>/dev/null)))
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Half of the tests' time is spent waiting for processes that start; a file's tests share engines.
-TEST := $(RUN) -m pytest -n 2 --dist loadfile
+# Half of the tests' time is spent waiting for processes that start; a file's tests share engines,
+# and tests/conftest.py has the files with slow ones begin.
+TEST := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-demo.txt constraints.txt
 
 .PHONY: setup demo test quick check bench
