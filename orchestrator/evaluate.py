@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orchestrator import strict_json
+from orchestrator import strict_json, whole_file
 from orchestrator.records import ChunkScores, ExampleScore
 
 NORMAL_QUANTILE = 1.959964  # at 0.975: 95 % lie between it and its negative
@@ -94,8 +94,5 @@ def interval(share: float, number: int) -> tuple[float, float]:
 
 def write_scores(path: Path, scores: Sequence[ExampleScore]) -> None:
     """One JSON object a line: the fields of ExampleScore. All, or the file stays as it was."""
-    unfinished = path.with_name(f"{path.name}.new")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for score in scores:
-            file.write(strict_json.text(asdict(score)) + "\n")
-    unfinished.replace(path)
+    lines = [strict_json.text(asdict(score)) + "\n" for score in scores]
+    whole_file.write(path, "".join(lines))

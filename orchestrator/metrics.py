@@ -18,7 +18,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from orchestrator import strict_json
+from orchestrator import strict_json, whole_file
 
 CONFIG_FILE = "config.yaml"
 LEDGER_FILE = "ledger.jsonl"
@@ -205,9 +205,7 @@ class Records:
     def summary(self, summary: Summary) -> None:
         """Write it whole or not at all, since a run that has one is finished."""
         text = strict_json.text(asdict(summary), indent=2)
-        unfinished = self._folder / f"{SUMMARY_FILE}.new"
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(self._folder / SUMMARY_FILE)
+        whole_file.write(self._folder / SUMMARY_FILE, text + "\n")
 
     def close(self) -> None:
         self._metrics.close()
@@ -292,10 +290,11 @@ def fork(folder: Path, new_folder: Path, step: int, *, same_data: bool) -> None:
                 file.write(strict_json.text(entry) + "\n")
 
 
-def baseline(folder: Path) -> Evaluation | None:
-    """The look at test rows that a run noted before its first step, if it did."""
-    looks = [look for look in evaluations(folder) if look.split == "test" and look.step == 0]
-    return looks[-1] if looks else None
+def baseline(looks: Iterable[Evaluation]) -> Evaluation | None:
+    """Of a run's looks that at test rows before its first step, the last of several; None of
+    none."""
+    found = [look for look in looks if look.split == "test" and look.step == 0]
+    return found[-1] if found else None
 
 
 def evaluations(folder: Path) -> Iterator[Evaluation]:

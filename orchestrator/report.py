@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator import charts, metrics
+from orchestrator import charts, metrics, whole_file
 from orchestrator.charts import Points
 from orchestrator.config import Config, ConfigError, Section
 from orchestrator.evaluate import PLAIN, SHARES, interval
@@ -49,9 +49,7 @@ def write(folder: Path) -> Path:
     page = folder / FOLDER / PAGE
     try:
         page.parent.mkdir(exist_ok=True)
-        unfinished = page.with_suffix(".new")
-        unfinished.write_text(_page(story), encoding="utf-8")
-        unfinished.replace(page)
+        whole_file.write(page, _page(story))
     except OSError as error:
         raise ConfigError(f"{page}: cannot be written: {error.strerror}") from None
     return page

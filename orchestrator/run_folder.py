@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from orchestrator import assets, metrics, tasks
+from orchestrator import assets, metrics, tasks, whole_file
 from orchestrator.config import Config, ConfigError
 from orchestrator.metrics import Summary
 from orchestrator.noise import NOISE_VERSION
@@ -300,6 +300,4 @@ def header_of(run: Run, info: ReplicaInfo) -> Header:
 
 
 def _write_config(run: Run) -> None:
-    unfinished = run.folder / f"{metrics.CONFIG_FILE}.new"
-    unfinished.write_text(run.config.dump(), encoding="utf-8")
-    unfinished.replace(run.folder / metrics.CONFIG_FILE)
+    whole_file.write(run.folder / metrics.CONFIG_FILE, run.config.dump())

@@ -72,7 +72,7 @@ def _train(run: Run, display: Display) -> None:
         if ledger.next_step:
             display.say(f"replaying {ledger.next_step} steps ...")
             driver.check_digests()
-            baseline = metrics.baseline(run.folder)
+            baseline = metrics.baseline(looks.all)
             split: Split = "dev" if run.data.dev else "test"
             is_over = ledger.next_step == steps
             if not is_over and looks.is_missing(run.config.run.eval_every, split):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator import charts, strict_json, tune
+from orchestrator import charts, strict_json, tune, whole_file
 from orchestrator.charts import Points
 from orchestrator.config import Config
 from orchestrator.report import STYLE
@@ -21,14 +21,9 @@ FIGURES, PAGE = "tune.json", "tune.html"
 
 def write(folder: Path, config: Config, proposal: Proposal) -> Path:
     """Write both files into a folder that is there; the page's path."""
-    texts = {
-        FIGURES: strict_json.text(figures(config, proposal), indent=2) + "\n",
-        PAGE: _page(config, proposal),
-    }
-    for name, text in texts.items():
-        unfinished = folder / f"{name}.new"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(folder / name)
+    numbers = strict_json.text(figures(config, proposal), indent=2)
+    whole_file.write(folder / FIGURES, numbers + "\n")
+    whole_file.write(folder / PAGE, _page(config, proposal))
     return folder / PAGE
 
 

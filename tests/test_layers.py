@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 LAYERS = [
-    {"presets", "templates", "answers", "reward_worker", "strict_json"},
+    {"presets", "templates", "answers", "reward_worker", "strict_json"} | {"whole_file"},
     {"config", "records", "environment", "output", "run_log", "snapshot_folder"},
     {"assets", "noise", "gradients", "tensor_map", "adapter_kernels_triton", "score_plan"}
     | {"attention_triton", "log_softmax_triton", "norm_triton", "objectives"}

@@ -61,13 +61,13 @@ def test_tensorboard_and_json_lines_hold_the_same(tmp_path: Path) -> None:
     assert [line["kind"] for line in lines] == ["evaluation", "step", "step", "step", "evaluation"]
     assert [line["loss"] for line in lines[1:4]] == [step.loss for step in STEPS]
     assert json.loads((tmp_path / "summary.json").read_text())["final_accuracy"] == 0.75
-    assert baseline(tmp_path) == BEFORE
+    assert baseline(evaluations(tmp_path)) == BEFORE
 
 
 def test_a_run_without_a_baseline_has_none(tmp_path: Path) -> None:
-    assert baseline(tmp_path) is None
+    assert baseline(evaluations(tmp_path)) is None
     Records(tmp_path).close()
-    assert baseline(tmp_path) is None
+    assert baseline(evaluations(tmp_path)) is None
 
 
 @pytest.mark.parametrize("torn", ["", '{"steps": 3, "wal', "[]", "{}", "\xff"])
@@ -139,7 +139,7 @@ def test_looks_at_dev_rows_are_told_apart_and_choose_the_best(tmp_path: Path) ->
     records.summary(replace(SUMMARY, metric="f1", final_interval=(0.1, 0.2)))
     records.close()
     assert list(evaluations(tmp_path)) == looks
-    assert baseline(tmp_path) == looks[0]
+    assert baseline(evaluations(tmp_path)) == looks[0]
     assert best(evaluations(tmp_path)) == dev[1]
     assert best(looks[:1]) is None
     summary = read_summary(tmp_path)

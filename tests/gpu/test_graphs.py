@@ -33,6 +33,22 @@ def batches() -> list[tuple[list[list[int]], list[tuple[int, int]]]]:
     return [*found, found[0]]
 
 
+def eager_and_replayed(folder: Path, dtype: str, **others: Any) -> tuple[Engine, Engine]:
+    """Engines of one model, without graphs and with them."""
+    eager, replayed = (
+        Engine(
+            str(folder),
+            dtype=dtype,
+            device="cuda",
+            kv_tokens=4096,
+            score_graphs=graphs,
+            **others,
+        )
+        for graphs in (False, True)
+    )
+    return eager, replayed
+
+
 @pytest.mark.parametrize("largest", [0, MAX_CAPTURED])
 @pytest.mark.parametrize("family", ["opt", "opt-350m", "llama", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -45,16 +61,7 @@ def test_replayed_scores_equal_eager_ones(
 ) -> None:
     """Those of batches that are too large for a graph, too."""
     monkeypatch.setattr(score_graphs, "MAX_CAPTURED", largest)
-    eager, replayed = (
-        Engine(
-            str(model_folders[family]),
-            dtype=dtype,
-            device="cuda",
-            kv_tokens=4096,
-            score_graphs=graphs,
-        )
-        for graphs in (False, True)
-    )
+    eager, replayed = eager_and_replayed(model_folders[family], dtype)
     assert eager._graphs is None and replayed._graphs is not None
     tolerance = 1e-4 if dtype == "float32" else 0.05
     for sequences, spans in batches():
@@ -80,16 +87,7 @@ def test_replayed_scores_equal_eager_ones(
 def test_parameters_that_moved_are_not_read_where_they_were(
     model_folders: dict[str, Path],
 ) -> None:
-    eager, replayed = (
-        Engine(
-            str(model_folders["opt"]),
-            dtype="float32",
-            device="cuda",
-            kv_tokens=4096,
-            score_graphs=graphs,
-        )
-        for graphs in (False, True)
-    )
+    eager, replayed = eager_and_replayed(model_folders["opt"], "float32")
     sequences, spans = batches()[0]
     before = replayed.score(sequences, spans)
     for engine in (eager, replayed):
@@ -153,17 +151,9 @@ def test_a_batch_of_as_many_rows_as_there_may_be_has_room_for_its_padding(
     lengths = [5, *[4] * (MAX_BATCH_SEQUENCES - 1)]
     sequences = [torch.randint(3, 13, (n,), generator=generator).tolist() for n in lengths]
     spans = [(1, length) for length in lengths]
-    eager, replayed = (
-        Engine(
-            str(model_folders["opt"]),
-            dtype="float32",
-            device="cuda",
-            kv_tokens=4096,
-            score_graphs=graphs,
-            share_contexts=False,
-        )
-        for graphs in (False, True)
-    )
+    eager, replayed = eager_and_replayed(model_folders["opt"], "float32", share_contexts=False)
     expected = [span.sum for span in eager.score(sequences, spans).spans]
     found = [span.sum for span in replayed.score(sequences, spans).spans]
     assert found == pytest.approx(expected, abs=1e-4)
+    eager.close()
+    replayed.close()
