@@ -9,6 +9,7 @@ to carry a call is not in it.
 
 import argparse
 import heapq
+import math
 import random
 import statistics
 import time
@@ -59,6 +60,7 @@ class Simulation:
         self.draw = random.Random(self.seed)
         self.dispatcher = Dispatcher(self.limits, lambda: self.now)
         self.lives = [0] * self.num_replicas
+        self.busy_until = [0.0] * self.num_replicas
         self.num_events = 0
         for replica in range(self.num_replicas):
             self.dispatcher.join(replica)
@@ -104,15 +106,21 @@ class Simulation:
         self.cost += time.thread_time() - started
 
     def _start_call(self, replica: int) -> None:
+        """Now, or after the call that the replica is at."""
+        started = max(self.now, self.busy_until[replica])
+        if math.isinf(started):  # it never answers again
+            return
         delay, chance = self.delay(self.draw), self.draw.random()
+        self.busy_until[replica] = math.inf
         if chance < self.death:
-            self._schedule(delay / 2, "death", replica)
+            self._schedule(started + delay / 2, "death", replica)
         elif chance >= self.death + self.stall:
-            self._schedule(delay, "answer", replica)
+            self.busy_until[replica] = started + delay
+            self._schedule(started + delay, "answer", replica)
 
-    def _schedule(self, delay: float, what: str, replica: int) -> None:
+    def _schedule(self, when: float, what: str, replica: int) -> None:
         self.num_events += 1
-        event = (self.now + delay, self.num_events, what, replica, self.lives[replica])
+        event = (when, self.num_events, what, replica, self.lives[replica])
         heapq.heappush(self.events, event)
 
     def _sleep(self, pause: float) -> None:
@@ -122,8 +130,9 @@ class Simulation:
 
     def _lose(self, replica: int) -> None:
         self.lives[replica] += 1
+        self.busy_until[replica] = 0.0
         self.dispatcher.lost(replica)
-        self._schedule(START_S, "start", replica)
+        self._schedule(self.now + START_S, "start", replica)
 
 
 def cost(num_replicas: int, num_steps: int) -> float:

@@ -9,9 +9,9 @@ Steps of the dense space, two-sided. On two GPUs; without any, on a CPU's cores.
 *replicas*: probes a second of two replicas and of one, turn by turn, over steps of `--seeds` pairs.
 Before each turn all replicas settle, so that none has another's updates to make up for.
 *overhead*: a step's time less what the busiest replica's calls took inside of its process; for
-steps of one call a replica, and of many. *ranks*: losses of a replica on two GPUs beside those of
-one on one GPU; and, for scale, what the latter's change by when the batch is scored in halves or
-backwards, which changes the rounding of bfloat16 alone. The last two are of the first shape.
+steps of one call a replica, and of many; and what Ray takes for a call that does nothing, after as
+long a pause. *ranks*: losses of a replica on two GPUs beside those of one on one GPU; and, for
+scale, how far the latter's are from those in float32. The last two are of the first shape.
 """
 
 import argparse
@@ -46,7 +46,6 @@ from orchestrator.actors import ActorFleet  # noqa: E402
 from orchestrator.batches import Batches  # noqa: E402
 from orchestrator.config import Config  # noqa: E402
 from orchestrator.driver import Driver  # noqa: E402
-from orchestrator.records import Probe  # noqa: E402
 from orchestrator.seed_sync import Header, Ledger  # noqa: E402
 
 SECTIONS = ("replicas", "overhead", "ranks")
@@ -61,6 +60,7 @@ SHARD_BYTES = 2**31
 MANY_STEPS = 10_000
 LARGEST_OVERHEAD_MS = 2.0
 LEAST_SPEED_UP = 1.95
+MOST_APART = 2.0  # two roundings of one value, each as far from it as the other
 FLOAT32_STEP = 0.06  # millionths: between two float32 values near 1; no scale is finer
 COLUMNS = ("what", "ours", "against", "ratio", "bar", "holds")
 
@@ -130,7 +130,7 @@ class Workload:
     num_seeds: int
     is_large: bool
 
-    def config(self, **fleet: Any) -> Config:
+    def config(self, dtype: str = DTYPE, **fleet: Any) -> Config:
         """The recipe, with replicas of these settings."""
         on_gpu = {"master": "bfloat16"} if self.is_large else {}
         kv_tokens = 2 * self.batch_size * self.length + 64
@@ -138,7 +138,7 @@ class Workload:
             {
                 "model": {
                     "path": str(self.model),
-                    "dtype": DTYPE,
+                    "dtype": dtype,
                     "device": DEVICE,
                     "kv_tokens": kv_tokens,
                 },
@@ -164,8 +164,8 @@ class Running:
 
     def __init__(self, config: Config, fleet: ActorFleet, ledger: Ledger) -> None:
         self.config, self.fleet, self._ledger = config, fleet, ledger
-        batches = Batches(config, NUM_ROWS)
-        self._driver = Driver(config, fleet, ledger, [], batches=batches, num_test=1)
+        self._batches = Batches(config, NUM_ROWS)
+        self._driver = Driver(config, fleet, ledger, [], batches=self._batches, num_test=1)
 
     def step(self) -> float:
         """Seconds of the next step, beginning with the updates of the last."""
@@ -190,7 +190,12 @@ class Running:
         for replica in others:
             self.fleet._dispatcher.join(replica)
 
-    def losses(self, probes: Sequence[Probe]) -> list[float]:
+    def losses(self) -> list[float]:
+        """Those of the first step's probes, which is not taken."""
+        num_seeds = self.config.estimator.num_seeds
+        seeds = estimator.seeds(self.config.run.seed, 0, num_seeds)
+        examples = self._batches.of(0)
+        probes = estimator.probes(self.config.estimator, 0, seeds, examples)
         return [loss.value for loss in self.fleet.evaluate(probes)]
 
 
@@ -237,24 +242,37 @@ def replica_rows(workload: Workload, run: Running, turns: int) -> Iterator[Row]:
 
 
 def overhead_rows(workload: Workload, run: Running, turns: int) -> Iterator[Row]:
-    """Milliseconds of a step that are not a replica's."""
+    """Milliseconds of a step that are not a replica's, and those of an empty call."""
     actors = [seat.actor for seat in run.fleet._seats]
     ray.get([actor.__ray_call__.remote(watch) for actor in actors])
     for num_seeds, num_replicas in ((1, 1), (2, 2), (workload.num_seeds, 2)):
         run.set_seeds(num_seeds)
-        beside = []
+        beside, inside = [], []
         with run.first_alone() if num_replicas == 1 else nullcontext():
             for turn in range(-NUM_WARMUPS, 3 * turns):
                 taken = run.step()
                 own = max(ray.get([actor.__ray_call__.remote(watched) for actor in actors]))
                 if turn >= 0:
                     beside.append(1e3 * (taken - own))
+                    inside.append(own)
         calls = f"{num_seeds} call{'s' * (num_seeds > 1)} to {num_replicas} replica"
         what = f"driver and Ray, ms a step of {calls}{'s' * (num_replicas > 1)}, {workload.name}"
         found = statistics.median(beside)
         bar = LARGEST_OVERHEAD_MS
         yield Row(f"{what}; allowed", found, bar, found / bar, 1.0, at_most=True)
+        if num_seeds == 1:
+            empty = 1e3 * statistics.median(empty_calls(actors[0], inside))
+            yield Row(f"{what}; an empty call of Ray's", found, empty, found / empty)
     run.set_seeds(workload.num_seeds)
+
+
+def empty_calls(actor: Any, pauses: Sequence[float]) -> Iterator[float]:
+    """Seconds from asking an actor for nothing until that is answered; after each pause."""
+    for pause in pauses:
+        time.sleep(pause)
+        started = time.perf_counter()
+        ray.wait([actor.__ray_ready__.remote()])
+        yield time.perf_counter() - started
 
 
 def watch(actor: Any) -> None:
@@ -278,36 +296,19 @@ def watched(actor: Any) -> float:
     return taken
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """The first step's, of each probe: as they are, and with the batch backwards or in halves."""
-
-    whole: list[float]
-    backwards: list[float]
-    halves: list[float]
-
-    @classmethod
-    def of(cls, run: Running) -> "Losses":
-        config = run.config
-        examples = Batches(config, NUM_ROWS).of(0)
-        middle = len(examples) // 2
-        seeds = estimator.seeds(config.run.seed, 0, config.estimator.num_seeds)
-
-        def losses(chosen: Sequence[int]) -> list[float]:
-            return run.losses(estimator.probes(config.estimator, 0, seeds, tuple(chosen)))
-
-        first, second = losses(examples[:middle]), losses(examples[middle:])
-        halves = [(one + other) / 2 for one, other in zip(first, second, strict=True)]
-        return cls(losses(examples), losses(examples[::-1]), halves)
-
-
-def rank_rows(workload: Workload, alone: Losses, run: Running) -> Iterator[Row]:
-    """Losses on two ranks beside those on one, in millionths."""
-    apart = 1e6 * distance(Losses.of(run).whole, alone.whole)
-    for name, other in (("in halves", alone.halves), ("backwards", alone.backwards)):
-        scale = max(FLOAT32_STEP, 1e6 * distance(other, alone.whole))
-        what = f"largest difference of a loss, 1e-6, {workload.name}: 2 ranks; 1, batch {name}"
-        yield Row(what, apart, scale, apart / scale)
+def rank_rows(workload: Workload, alone: Sequence[float]) -> Iterator[Row]:
+    """Losses of two ranks beside those of one, in millionths."""
+    found = []
+    for fleet in ({"tp_size": 2}, {"dtype": "float32"}):
+        with running(workload.config(num_replicas=1, **fleet)) as run:
+            found.append(run.losses())
+    ranks, exact = found
+    error = max(FLOAT32_STEP, 1e6 * distance(alone, exact))
+    apart, other_error = 1e6 * distance(ranks, alone), 1e6 * distance(ranks, exact)
+    what = f"largest difference of a loss, 1e-6, {workload.name}"
+    against = "1's and float32's"
+    yield Row(f"{what}: 2 ranks' and 1's; {against}", apart, error, apart / error, MOST_APART, True)
+    yield Row(f"{what}: 2 ranks' and float32's; {against}", other_error, error, other_error / error)
 
 
 def distance(first: Sequence[float], second: Sequence[float]) -> float:
@@ -319,14 +320,13 @@ def distance(first: Sequence[float], second: Sequence[float]) -> float:
 
 def rows_of(workload: Workload, sections: Sequence[str], turns: int) -> Iterator[Row]:
     with running(workload.config(num_replicas=2)) as run:
-        alone = Losses.of(run) if "ranks" in sections else None
+        alone = run.losses() if "ranks" in sections else None
         if "replicas" in sections:
             yield from replica_rows(workload, run, turns)
         if "overhead" in sections:
             yield from overhead_rows(workload, run, turns)
     if alone is not None:
-        with running(workload.config(num_replicas=1, tp_size=2)) as run:
-            yield from rank_rows(workload, alone, run)
+        yield from rank_rows(workload, alone)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -325,7 +325,7 @@ class ActorFleet:
             tuple(
                 ReplicaState(
                     seat.name,
-                    "computing" if seat.state == "ready" and seat.num_awaited else seat.state,
+                    "computing" if seat.state == "ready" and seat.calls else seat.state,
                     num_probes=round(work.done[seat.number]),
                     num_applied=seat.num_confirmed,
                     seconds=work.seconds.get(seat.number),
@@ -346,10 +346,10 @@ class ActorFleet:
             seat, [getattr(actor, method).remote(missing, *arguments) for actor in seat.actors]
         )
 
-    def _ask(self, seat: Seat, calls: Sequence[Any]) -> None:
+    def _ask(self, seat: Seat, references: Sequence[Any]) -> None:
         """Wait for the answers to a call, by rank."""
-        seat.ask(calls)
-        self._pending.update(dict.fromkeys(calls, seat))
+        seat.ask(references)
+        self._pending.update(dict.fromkeys(references, seat))
 
     def _shared(
         self,
@@ -398,8 +398,8 @@ class ActorFleet:
             seat = self._pending.pop(reference)
             try:
                 answer = _result(seat, reference, self._is_proven(seat))
-                if seat.hear(reference, answer):
-                    self._take(seat, seat.answer)
+                for each in seat.hear(reference, answer):
+                    self._take(seat, each)
             except _Lost as error:
                 self._lose(seat, error)
         for number in self._dispatcher.overdue():
@@ -535,6 +535,7 @@ class ActorFleet:
         if seat.group is not None:
             ray.util.remove_placement_group(seat.group)
         seat.actors, seat.group = [], None
+        seat.calls.clear()
         self._pending = {call: other for call, other in self._pending.items() if other is not seat}
 
     def _lose(self, seat: Seat, reason: _Lost) -> None:
@@ -665,7 +666,8 @@ def _result(seat: Seat, reference: Any, is_proven: bool) -> Any:
     except DEATHS as error:
         raise _Lost("died") from error
     except ray.exceptions.RayTaskError as error:
-        if _has_died([call for call in seat.calls if call != reference]):
+        ranks = seat.call_of(reference).references
+        if _has_died([each for each in ranks if each != reference]):
             raise _Lost("died") from error  # what one rank says of another's death
         cause = error.cause or error
         what = f"{type(cause).__name__}: {cause}"
@@ -677,12 +679,14 @@ def _result(seat: Seat, reference: Any, is_proven: bool) -> Any:
         raise FleetError(f"{seat.name}: {what}") from error
 
 
-def _has_died(calls: list[Any]) -> bool:
+def _has_died(references: list[Any]) -> bool:
     """Whether one of other ranks' processes is gone. One that computes is not waited for long."""
-    ended = ray.wait(calls, num_returns=len(calls), timeout=NEWS_OF_DEATH_S)[0] if calls else []
-    for call in ended:
+    if not references:
+        return False
+    ended, _ = ray.wait(references, num_returns=len(references), timeout=NEWS_OF_DEATH_S)
+    for reference in ended:
         try:
-            ray.get(call)
+            ray.get(reference)
         except DEATHS:
             return True
         except ray.exceptions.RayTaskError:

@@ -107,6 +107,8 @@ class Dispatcher:
         self._places: list[int] = []  # all replicas that there have been, up or not
         self._free: dict[int, None] = {}
         self._calls: dict[int, _Call] = {}  # by replica, the earliest first
+        self._next: dict[int, _Call] = {}  # by replica, what it starts after its call
+        self._hungry: dict[int, None] = {}  # replicas at work for this round with nothing next
         self._known: dict[int, set[str]] = {}  # the kinds of calls that a replica has answered
         self._times: dict[str, _Times] = {}
         # Seconds a unit in any call; by kind, and whether it was a replica's first of the kind.
@@ -154,18 +156,26 @@ class Dispatcher:
         self._shares = None
         if self.is_short and not was_short:
             self._short_since = self._clock()
-        call = self._calls.pop(replica, None)
+        self._hungry.pop(replica, None)
+        following, call = self._next.pop(replica, None), self._calls.pop(replica, None)
         if self._own is not None:  # nobody else can answer what was its own
             was_asked = call is not None and self._is_open(call)
             self._left -= was_asked or self._own.pop(replica, None) is not None
-        elif call is not None and self._is_open(call):
-            self._runners[call.task] -= 1
+            return
+        for gone in (following, call):  # in the queue the earlier one comes first again
+            if gone is not None and self._is_open(gone):
+                self._requeue(gone, replica)
+        if call is not None and self._is_open(call):
             self._losses[call.task] += 1
             if self._losses[call.task] >= self._limits.most_losses:
                 raise TaskLost
-            if self._newest[call.task] == replica:
-                self._waiting = {call.task: None, **self._waiting}
-                self.work[call.kind].num_requeued += call.size
+
+    def _requeue(self, call: _Call, replica: int) -> None:
+        """A call that the replica will not answer; its task waits anew, if no other computes it."""
+        self._runners[call.task] -= 1
+        if self._newest[call.task] == replica:
+            self._waiting = {call.task: None, **self._waiting}
+            self.work[call.kind].num_requeued += call.size
 
     @property
     def is_short(self) -> bool:
@@ -206,6 +216,7 @@ class Dispatcher:
         self._answered = [False] * len(sizes)
         self._runners, self._losses = [0] * len(sizes), [0] * len(sizes)
         self._newest = [-1] * len(sizes)  # the replica that was given a task last
+        self._hungry = {}
         self._left = len(sizes)
 
     @property
@@ -213,7 +224,7 @@ class Dispatcher:
         return not self._left
 
     def assign(self) -> list[tuple[int, int]]:
-        """Replicas and the tasks that they are to start now."""
+        """Replicas and the tasks that they are to start now, or next."""
         if self.is_short:
             return []
         now = self._clock()
@@ -232,14 +243,31 @@ class Dispatcher:
             del self._free[replica]
             if self._own is not None:
                 del self._own[replica]
-            if self._runners[task]:
-                self.work[self._kind].num_copied += self._sizes[task]
-            self._runners[task] += 1
-            self._newest[task] = replica
-            is_first = self._kind not in self._known[replica]
-            self._calls[replica] = _Call(
-                self._round, self._kind, task, self._sizes[task], now, is_first
-            )
+            self._calls[replica] = call = self._call(replica, task, now)
+            if not call.is_first:
+                self._hungry[replica] = None
+        return pairs + self._ahead()
+
+    def _call(self, replica: int, task: int, now: float) -> _Call:
+        if self._runners[task]:
+            self.work[self._kind].num_copied += self._sizes[task]
+        self._runners[task] += 1
+        self._newest[task] = replica
+        is_first = self._kind not in self._known[replica]
+        return _Call(self._round, self._kind, task, self._sizes[task], now, is_first)
+
+    def _ahead(self) -> list[tuple[int, int]]:
+        """Replicas at work and the tasks of their own shares that they start next, without waiting
+        until their answers are heard. As long as there is as much for the others, since what a
+        replica has been given is not taken back because another one is faster."""
+        pairs: list[tuple[int, int]] = []
+        for replica in list(self._hungry):
+            if len(self._waiting) < len(self._known) - len(self._next):
+                break
+            for taker, task in self._at_home([replica]):
+                del self._hungry[taker]
+                self._next[taker] = self._call(taker, task, math.inf)
+                pairs.append((taker, task))
         return pairs
 
     def _at_home(self, free: Sequence[int]) -> list[tuple[int, int]]:
@@ -289,25 +317,37 @@ class Dispatcher:
 
     def _copyable(self) -> list[tuple[_Call, float]]:
         """The newest calls of tasks that may be copied, and since when they are slow; the last of
-        them is the next that will be."""
+        them is the next that will be. What a slow replica was to start next is as late."""
         median = self._median(self._kind)
         if median is None or self._own is not None:
             return []
         now, found = self._clock(), []
         for replica, call in self._calls.items():
-            if not self._is_open(call) or self._newest[call.task] != replica:
-                continue
-            if self._runners[call.task] < MOST_COPIES:
-                since = call.started + self._limits.slow_factor * median * call.size
+            since = call.started + self._limits.slow_factor * median * call.size
+            if self._is_copyable(call, replica):
                 found.append((call, since))
                 if since > now:  # later ones were started later
                     break
+            following = self._next.get(replica)
+            if since <= now and following is not None and self._is_copyable(following, replica):
+                found.append((following, since))
         return found
+
+    def _is_copyable(self, call: _Call, replica: int) -> bool:
+        is_newest = self._is_open(call) and self._newest[call.task] == replica
+        return is_newest and self._runners[call.task] < MOST_COPIES
 
     def answered(self, replica: int) -> int | None:
         """A replica's call has returned: its task, or None if that is answered already."""
         call = self._calls.pop(replica)
-        self._free[replica] = None
+        self._hungry.pop(replica, None)
+        if (following := self._next.pop(replica, None)) is None:
+            self._free[replica] = None
+        else:
+            following.started = self._clock()
+            self._calls[replica] = following
+            if following.round == self._round:
+                self._hungry[replica] = None
         seconds = (self._clock() - call.started) / call.size
         work = self.work[call.kind]
         work.seconds[replica] = seconds

@@ -4,6 +4,7 @@ Owns what is known of each, and which are opened and let go as the cluster grows
 nothing of Ray: actors and calls are handed in.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +12,20 @@ from typing import Any, Literal
 State = Literal["placing", "loading", "replaying", "catching up", "ready", "writing", "empty"]
 """replaying: updates of the past, as many as a call takes; catching up: the last of them, and the
 task that the others are at; writing: lent by the dispatcher, while it writes a snapshot."""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """What all ranks of a replica were asked at once."""
+
+    references: list[Any]
+    """By rank."""
+    num_sent: int
+    """Updates that the replica has with it."""
+    num_awaited: int
+    """Ranks that have not answered yet."""
+    answer: Any = None
+    """Rank 0's, which counts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,12 +50,8 @@ class Seat:
     """Updates that the actor was sent, or found in a snapshot."""
     num_confirmed: int = 0
     """Those of them that it is known to have taken."""
-    calls: list[Any] = field(default_factory=list)
-    """The call under way, or the last one, by rank."""
-    answer: Any = None
-    """Rank 0's, which counts."""
-    num_awaited: int = 0
-    """Ranks that have not answered yet."""
+    calls: deque[Call] = field(default_factory=deque)
+    """Those under way, in the order in which the ranks take them."""
 
     @property
     def name(self) -> str:
@@ -51,18 +62,24 @@ class Seat:
         """Rank 0's."""
         return self.actors[0] if self.actors else None
 
-    def ask(self, calls: Sequence[Any]) -> None:
-        """A call to all ranks is under way."""
-        self.calls, self.answer, self.num_awaited = list(calls), None, len(calls)
+    def ask(self, references: Sequence[Any]) -> None:
+        """One more call to all ranks is under way."""
+        self.calls.append(Call(list(references), self.num_applied, len(references)))
 
-    def hear(self, call: Any, answer: Any) -> bool:
-        """Take a rank's answer; whether that makes the call answered: when all ranks have."""
-        if call == self.calls[0]:
-            self.answer = answer
-        self.num_awaited -= 1
-        if not self.num_awaited:
-            self.num_confirmed = self.num_applied
-        return not self.num_awaited
+    def call_of(self, reference: Any) -> Call:
+        """The call under way that a rank's is part of."""
+        return next(call for call in self.calls if reference in call.references)
+
+    def hear(self, reference: Any, answer: Any) -> Iterator[Any]:
+        """Take a rank's answer: those of the calls that all ranks have answered now, in order."""
+        call = self.call_of(reference)
+        if reference == call.references[0]:
+            call.answer = answer
+        call.num_awaited -= 1
+        while self.calls and not self.calls[0].num_awaited:
+            done = self.calls.popleft()
+            self.num_confirmed = done.num_sent
+            yield done.answer
 
     def enter(self, state: State, now: float) -> None:
         self.state, self.since = state, now

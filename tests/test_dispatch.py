@@ -40,12 +40,13 @@ def test_a_free_replica_takes_its_own_share_first_and_then_others() -> None:
     def takers(pace: list[int]) -> dict[int, int]:
         made, found = dispatcher(Clock(), 3), {}
         made.begin("score", [1] * 11)
-        computing = dict(made.assign())
-        for replica in itertools.cycle(pace):
-            if replica in computing:
-                found[computing.pop(replica)] = replica
+        computing: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        for replica in itertools.chain([-1], pace * 11):
+            if computing.get(replica):
+                found[computing[replica].pop(0)] = replica
                 made.answered(replica)
-            computing |= dict(made.assign())
+            for taker, task in made.assign():
+                computing[taker].append(task)
             if made.is_done:
                 return found
         raise AssertionError
@@ -59,12 +60,15 @@ def test_a_free_replica_takes_its_own_share_first_and_then_others() -> None:
 def in_step(made: Dispatcher, homes: list[int]) -> dict[int, int]:
     """Who answers each task of a round where all replicas take as long; none is ever idle."""
     found: dict[int, int] = {}
+    computing: dict[int, list[int]] = {replica: [] for replica in made.replicas}
     made.begin("evaluate", [1] * len(homes), homes)
     while not made.is_done:
-        pairs = made.assign()
-        assert len(pairs) == min(len(made.replicas), len(homes) - len(found))
-        for replica, task in pairs:
-            found[task] = replica
+        for replica, task in made.assign():
+            computing[replica].append(task)
+        busy = [replica for replica, tasks in computing.items() if tasks]
+        assert len(busy) == min(len(computing), len(homes) - len(found))
+        for replica in busy:
+            found[computing[replica].pop(0)] = replica
             made.answered(replica)
     return found
 
@@ -103,18 +107,93 @@ def test_a_replica_without_work_of_its_own_takes_what_lies_together() -> None:
     clock = Clock()
     made = dispatcher(clock, 3)
     made.begin("evaluate", [1] * 8, [0, 0, 0, 0, 3, 3, 3, 1])
-    assert dict(made.assign()) == {0: 0, 1: 7, 2: 6}
+    assert made.assign() == [(0, 0), (1, 7), (2, 6), (0, 1)]  # the first has one more at hand
     made.answered(2)
     assert made.assign() == [(2, 5)]
     made.answered(0)
     made.answered(1)
     made.answered(2)
-    assert dict(made.assign()) == {0: 1, 1: 4, 2: 3}
+    assert made.assign() == [(1, 4), (2, 3)]  # while the first is at its second
     made.answered(2)
     made.answered(0)
-    assert dict(made.assign()) == {0: 2}  # its own, though the other came first
+    assert made.assign() == [(0, 2)]  # its own, though the other came first
     made.lost(0)
     assert made.assign() == [(2, 2)]
+
+
+def test_a_replica_at_work_has_its_next_task_at_hand_while_there_is_as_much_for_all() -> None:
+    clock = Clock()
+    made = dispatcher(clock, 2)
+    made.begin("evaluate", [1] * 7)
+    assert made.assign() == [(0, 0), (1, 1), (0, 2), (1, 3)]
+    clock.now += 1
+    assert made.answered(0) == 0 and made.answered(1) == 1
+    assert made.assign() == [(0, 4), (1, 5)]
+    clock.now += 1
+    assert made.answered(1) == 3
+    assert made.work["evaluate"].seconds[1] == 1  # since it could begin
+    assert made.assign() == [] and made.lend() is None  # the last waits for whom is free first
+    assert made.answered(1) == 5
+    assert made.assign() == [(1, 6)]
+    assert [made.answered(replica) for replica in (0, 0, 1)] == [2, 4, 6]
+    assert made.is_done and made.work["evaluate"].num_copied == 0
+
+
+def test_a_replica_that_is_new_to_a_kind_of_work_gets_one_task() -> None:
+    made = dispatcher(Clock(), 1)
+    made.begin("score", [1] * 3)
+    assert made.assign() == [(0, 0)]
+    made.answered(0)
+    assert made.assign() == [(0, 1), (0, 2)]
+
+
+def test_what_a_lost_or_late_replica_had_at_hand_goes_to_others() -> None:
+    clock = Clock()
+    made = dispatcher(clock, 2)
+    made.begin("evaluate", [1, 2, 4, 8])
+    assert made.assign() == [(0, 0), (1, 1), (0, 2), (1, 3)]
+    made.lost(1)
+    assert made.work["evaluate"].num_requeued == 2 + 8
+    made.join(1)
+    assert made.assign() == [(1, 1)]  # in their order; it is new to the work
+    made.answered(1)
+    assert made.assign() == [(1, 3)]
+    clock.now += 4
+    made.answered(1)
+    assert made.assign() == [(1, 0)]  # slow by now
+    assert made.answered(1) == 0
+    assert made.assign() == [(1, 2)]  # what could not begin
+    assert made.answered(1) == 2 and made.is_done
+    made.begin("evaluate", [1])  # the late one is still at the round before
+    assert made.assign() == [(1, 0)]
+    assert made.answered(1) == 0
+    assert made.answered(0) is None and made.answered(0) is None
+    made.begin("evaluate", [1] * 2)
+    assert dict(made.assign()) == {0: 0, 1: 1}
+
+
+def test_only_the_task_that_a_replica_was_at_is_taken_to_have_ended_it() -> None:
+    made = dispatcher(Clock(), 2)
+    made.begin("evaluate", [1] * 4)
+    assert made.assign() == [(0, 0), (1, 1), (0, 2), (1, 3)]
+    for replica in (0, 1):
+        made.lost(replica)
+        made.join(replica)
+    for _ in range(Limits().most_losses - 2):
+        assert dict(made.assign()) == {0: 0, 1: 1}
+        for replica in (0, 1):
+            made.lost(replica)
+            made.join(replica)
+    assert dict(made.assign()) == {0: 0, 1: 1}
+    assert made.answered(0) == 0 and made.answered(1) == 1
+    for _ in range(Limits().most_losses - 1):
+        assert {task for _, task in made.assign()} == {2, 3}
+        for replica in (0, 1):
+            made.lost(replica)
+            made.join(replica)
+    made.assign()
+    with pytest.raises(TaskLost):
+        made.lost(0)
 
 
 @pytest.mark.parametrize(

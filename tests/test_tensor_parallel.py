@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pa
             [sys.executable, TESTS / "tensor_parallel_worker.py", str(rank), str(SIZE), folder],
             env={
                 **os.environ,
-                "PYTHONPATH": f"{TESTS.parent}",
+                "PYTHONPATH": f"{TESTS.parent}:{os.environ.get('PYTHONPATH', '')}",
                 **({"CUDA_VISIBLE_DEVICES": str(rank)} if DEVICE == "cuda" else {}),
             },
             stdout=subprocess.PIPE,
