@@ -1,6 +1,6 @@
 """The fleet's policy over simulated replicas: what a step costs to schedule, and what it spares.
 
-  .venv/bin/python -m benchmarks.fleet [--replicas 1 4 16 64 256] [--steps 50]
+    python -m benchmarks.fleet [--replicas 1 4 16 64 256] [--steps 50] [--results FOLDER]
 
 Replicas are simulated in virtual time: each answers after a drawn delay with a long tail. The cost
 is real: the processor time that `dispatch` takes for a step, four tasks a replica. What Ray takes
@@ -16,6 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
 
 from orchestrator import environment
 from orchestrator.dispatch import Dispatcher, Limits
@@ -156,28 +160,53 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def draw(costs: dict[int, float], shares: dict[str, list[float]], path: Path) -> None:
+    """What a step costs by the fleet's size, and how long the largest fleet's steps take."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.loglog(list(costs), [1e3 * value for value in costs.values()], "o-", base=2)
+    left.set_yscale("log", base=10)
+    left.set_xticks(list(costs), [str(number) for number in costs])
+    left.set(xlabel="replicas", ylabel="processor time of a step, ms")
+    for name, times in shares.items():
+        right.plot(sorted(times), np.linspace(0, 1, len(times)), label=name)
+    right.set(xlabel="a step takes at most, s", ylabel="share of steps", xlim=(0, None))
+    right.legend(title=f"{max(costs)} replicas", frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fleet")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--steps", type=int, default=50)
-    arguments = parser.parse_args()
-    rows = []
-    for num_replicas in arguments.replicas:
-        with_policy = step_times(num_replicas, arguments.steps, Limits())
-        without = step_times(num_replicas, arguments.steps, PATIENT)
+    parser.add_argument("--results", type=Path, default=measure.RESULTS, help="a folder")
+    chosen = parser.parse_args(arguments)
+    rows, costs = [], {}
+    for num_replicas in chosen.replicas:
+        costs[num_replicas] = cost(num_replicas, chosen.steps)
+        times = {
+            "with the policy": step_times(num_replicas, chosen.steps, Limits()),
+            "without": step_times(num_replicas, chosen.steps, PATIENT),
+        }
+        ours, patient = times.values()
         rows.append(
             {
                 "replicas": num_replicas,
-                "cost, ms": 1e3 * cost(num_replicas, arguments.steps),
-                "step, s": statistics.median(with_policy),
-                "p95, s": percentile(with_policy, 0.95),
-                "patient, s": statistics.median(without),
-                "patient p95, s": percentile(without, 0.95),
+                "cost, ms": 1e3 * costs[num_replicas],
+                "step, s": statistics.median(ours),
+                "p95, s": percentile(ours, 0.95),
+                "patient, s": statistics.median(patient),
+                "patient p95, s": percentile(patient, 0.95),
             }
         )
     print(measure.header())
     measure.print_table(list(rows[0]), [list(row.values()) for row in rows])
-    print(f"written to {measure.write_results('fleet', rows)}")
+    path = measure.write_results("fleet", rows, chosen.results)
+    draw(costs, times, path.with_suffix(".svg"))
+    print(f"written to {path}, and drawn beside it")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ replica computes; who computes what, and when a call is given up, is `dispatch`'
 """
 
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -256,7 +257,9 @@ class ActorFleet:
         self._updates.append(update)
 
     def evaluate(self, probes: Sequence[Probe]) -> list[ProbeLoss]:
-        work = self._pieces.assignments(probes, self._config.space.probes_per_group)
+        size = self._config.space.probes_per_group
+        size *= self._dispatcher.together("evaluate", math.ceil(len(probes) / size), size)
+        work = self._pieces.assignments(probes, size)
         losses = self._shared(
             "evaluate",
             [assignment.size for assignment in work],

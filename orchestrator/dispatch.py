@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 MIN_KNOWN = 8  # calls of a kind before their median counts for anything
 RECENT = 512  # calls of a kind that the median is over: two of each replica of a large fleet
 MOST_COPIES = 3  # of a task at a time: one in two thousand is slow twice where one in fifty is once
+BRIEF_S = 0.05  # a call's latency is some twentieth of this
 PULSE_S = 1.0  # longest sleep between two looks at what is late
 LONGEST_PAUSE_S = 300.0  # between two attempts to start a replica
 
@@ -188,6 +189,16 @@ class Dispatcher:
         return self.is_short and not is_loading and waited >= self._limits.patience_s
 
     # ---------------------------------------------------------------- work
+
+    def together(self, kind: str, number: int, size: float) -> int:
+        """How many of a round's `number` pieces of `size` units of work to make one task: as many
+        as take no longer than BRIEF_S, but such that replicas of one pace end together."""
+        median = self._median(kind)
+        if median is None:
+            return 1
+        share = math.ceil(number / max(1, len(self._known)))
+        most = max(1, int(BRIEF_S / max(median * size, 1e-9)))
+        return share // math.ceil(share / most)
 
     def begin(self, kind: str, sizes: Sequence[float], homes: Sequence[int] | None = None) -> None:
         """A round of tasks, each for any replica. `sizes` are units of work; times are compared

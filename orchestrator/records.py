@@ -269,7 +269,7 @@ class Fleet(Protocol):
 
 
 def probe_groups(probes: Sequence[Probe], size: int) -> list[tuple[Probe, ...]]:
-    """The probes, in order, cut into what one replica gets at a time, whatever the fleet's size.
+    """The probes, in order, so many at a time.
 
     With an even size both signs of a two-sided pair run on the same replica.
     """

@@ -1,11 +1,13 @@
 """The fleet's policy, over replicas that are simulated in virtual time, and call by call."""
 
 import itertools
+import json
 import statistics
+from pathlib import Path
 
 import pytest
 
-from benchmarks.fleet import PATIENT, Simulation, cost, percentile, step_times
+from benchmarks.fleet import PATIENT, Simulation, cost, main, percentile, step_times
 from orchestrator.dispatch import MIN_KNOWN, Dispatcher, Limits, TaskLost, pause_before_attempt
 
 STEP_COST_S = 0.025  # what a step at 256 replicas may cost
@@ -139,6 +141,23 @@ def test_a_replica_at_work_has_its_next_task_at_hand_while_there_is_as_much_for_
     assert made.is_done and made.work["evaluate"].num_copied == 0
 
 
+@pytest.mark.parametrize(
+    ("number", "size", "expected"),
+    [
+        (8, 0.002, 4),  # all of a replica's share
+        (7, 0.002, 4),
+        (1, 0.002, 1),
+        (8, 0.02, 2),  # two of 20 ms are as long as a task may be
+        (10, 0.02, 1),  # 3 tasks of 2, 2 and 1 for one and two for the other would take longer
+        (8, 0.1, 1),
+    ],
+)
+def test_brief_work_is_given_together_and_evenly(number: int, size: float, expected: int) -> None:
+    made = dispatcher(Clock(), 2)  # a unit takes a second
+    assert made.together("evaluate", number, size) == expected
+    assert made.together("score", number, size) == 1  # nothing is known of it
+
+
 def test_a_replica_that_is_new_to_a_kind_of_work_gets_one_task() -> None:
     made = dispatcher(Clock(), 1)
     made.begin("score", [1] * 3)
@@ -224,6 +243,13 @@ def test_without_a_tail_nothing_is_computed_twice() -> None:
 
 def test_a_step_of_many_replicas_is_scheduled_in_milliseconds() -> None:
     assert cost(MANY, 10) < STEP_COST_S
+
+
+def test_the_policy_is_measured_and_drawn(tmp_path: Path) -> None:
+    main(["--replicas", "1", "4", "--steps", "3", "--results", str(tmp_path)])
+    drawn, kept = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert [row["replicas"] for row in json.loads(kept.read_text())["rows"]] == [1, 4]
+    assert "4 replicas" in drawn.read_text()
 
 
 def test_a_slow_call_is_given_to_an_idle_replica_and_the_late_answer_is_dropped() -> None:
