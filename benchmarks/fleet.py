@@ -161,7 +161,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def draw(costs: dict[int, float], shares: dict[str, list[float]], path: Path) -> None:
-    """What a step costs by the fleet's size, and how long the largest fleet's steps take."""
+    """What a step costs by the fleet's size, and how long the last fleet's steps take."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.loglog(list(costs), [1e3 * value for value in costs.values()], "o-", base=2)
@@ -171,7 +171,7 @@ def draw(costs: dict[int, float], shares: dict[str, list[float]], path: Path) ->
     for name, times in shares.items():
         right.plot(sorted(times), np.linspace(0, 1, len(times)), label=name)
     right.set(xlabel="a step takes at most, s", ylabel="share of steps", xlim=(0, None))
-    right.legend(title=f"{max(costs)} replicas", frameon=False)
+    right.legend(title=f"{list(costs)[-1]} replicas", frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)

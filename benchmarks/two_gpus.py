@@ -9,7 +9,7 @@ Steps of the dense space, two-sided. On two GPUs; without any, on a CPU's cores.
 *replicas*: probes a second of two replicas and of one, turn by turn, over steps of `--seeds` pairs.
 Before each turn all replicas settle, so that none has another's updates to make up for.
 *overhead*: a step's time less what the busiest replica's calls took inside of its process; for
-steps of one call a replica, and of many; and what Ray takes for a call that does nothing, after as
+steps of one pair a replica, and of many; and what Ray takes for a call that does nothing, after as
 long a pause. *ranks*: losses of a replica on two GPUs beside those of one on one GPU; and, for
 scale, how far the latter's are from those in float32. The last two are of the first shape.
 """
@@ -255,8 +255,8 @@ def overhead_rows(workload: Workload, run: Running, turns: int) -> Iterator[Row]
                 if turn >= 0:
                     beside.append(1e3 * (taken - own))
                     inside.append(own)
-        calls = f"{num_seeds} call{'s' * (num_seeds > 1)} to {num_replicas} replica"
-        what = f"driver and Ray, ms a step of {calls}{'s' * (num_replicas > 1)}, {workload.name}"
+        pairs = f"{num_seeds} pair{'s' * (num_seeds > 1)} for {num_replicas} replica"
+        what = f"driver and Ray, ms a step of {pairs}{'s' * (num_replicas > 1)}, {workload.name}"
         found = statistics.median(beside)
         bar = LARGEST_OVERHEAD_MS
         yield Row(f"{what}; allowed", found, bar, found / bar, 1.0, at_most=True)

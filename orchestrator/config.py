@@ -87,7 +87,9 @@ class Space(Section):
 
     @property
     def probes_per_group(self) -> int:
-        """Probes that one replica is given together at the least: those of a forward, or a pair."""
+        """Probes that a replica is given, or several times as many: those of a forward, or a pair.
+
+        Where batches end depends on this alone, never on the fleet."""
         return 2 if self.kind == "dense" or self._one_by_one else self.slots
 
     @property

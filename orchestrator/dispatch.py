@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 MIN_KNOWN = 8  # calls of a kind before their median counts for anything
 RECENT = 512  # calls of a kind that the median is over: two of each replica of a large fleet
 MOST_COPIES = 3  # of a task at a time: one in two thousand is slow twice where one in fifty is once
-BRIEF_S = 0.05  # a call's latency is some twentieth of this
+BRIEF_S = 0.05  # what takes less is best given together: a call's latency is some twentieth of it
+SHORT_S = 0.25  # and a hundredth of this: what takes longer gains little from being given ahead
 PULSE_S = 1.0  # longest sleep between two looks at what is late
 LONGEST_PAUSE_S = 300.0  # between two attempts to start a replica
 
@@ -82,7 +83,7 @@ class _Times:
 
 @dataclass(slots=True)
 class _Call:
-    """A task that a replica is computing."""
+    """A task that a replica is computing, or starts next; `started` is infinite until then."""
 
     round: int
     kind: str
@@ -96,7 +97,8 @@ class Dispatcher:
     """Rounds of tasks over replicas that come and go.
 
     A round's caller hands out what `assign` returns, reports `answered` and `lost`, and looks at
-    `overdue` after at most `pause` seconds, until the round `is_done`.
+    `overdue` after at most `pause` seconds, until the round `is_done`. A replica may be handed its
+    next task while it is at one; it answers them in that order.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float], min_replicas: int = 1) -> None:
@@ -172,7 +174,7 @@ class Dispatcher:
                 raise TaskLost
 
     def _requeue(self, call: _Call, replica: int) -> None:
-        """A call that the replica will not answer; its task waits anew, if no other computes it."""
+        """A call that the replica will not answer; its task waits anew, unless it was copied."""
         self._runners[call.task] -= 1
         if self._newest[call.task] == replica:
             self._waiting = {call.task: None, **self._waiting}
@@ -191,14 +193,14 @@ class Dispatcher:
     # ---------------------------------------------------------------- work
 
     def together(self, kind: str, number: int, size: float) -> int:
-        """How many of a round's `number` pieces of `size` units of work to make one task: as many
-        as take no longer than BRIEF_S, but such that replicas of one pace end together."""
+        """How many of a round's `number` parts of `size` units of work to make one task: as many as
+        take no longer than BRIEF_S and divide a replica's share, so that all end together."""
         median = self._median(kind)
-        if median is None:
+        if median is None or not number:
             return 1
         share = math.ceil(number / max(1, len(self._known)))
-        most = max(1, int(BRIEF_S / max(median * size, 1e-9)))
-        return share // math.ceil(share / most)
+        even = (count for count in range(share, 1, -1) if share % count == 0)
+        return next((count for count in even if count * size * median <= BRIEF_S), 1)
 
     def begin(self, kind: str, sizes: Sequence[float], homes: Sequence[int] | None = None) -> None:
         """A round of tasks, each for any replica. `sizes` are units of work; times are compared
@@ -269,26 +271,34 @@ class Dispatcher:
 
     def _ahead(self) -> list[tuple[int, int]]:
         """Replicas at work and the tasks of their own shares that they start next, without waiting
-        until their answers are heard. As long as there is as much for the others, since what a
-        replica has been given is not taken back because another one is faster."""
+        until their answers are heard. Short ones, as long as there is as much for the others:
+        what a replica has been given is not taken back because another one is faster."""
         pairs: list[tuple[int, int]] = []
+        median = self._median(self._kind)
+        if median is None:
+            return pairs
         for replica in list(self._hungry):
             if len(self._waiting) < len(self._known) - len(self._next):
                 break
+            del self._hungry[replica]  # looked at once in a call
+            if median * self._calls[replica].size > SHORT_S:
+                continue
             for taker, task in self._at_home([replica]):
-                del self._hungry[taker]
                 self._next[taker] = self._call(taker, task, math.inf)
                 pairs.append((taker, task))
         return pairs
 
-    def _at_home(self, free: Sequence[int]) -> list[tuple[int, int]]:
-        """Replicas with waiting tasks of their own shares, which they take out of the queue.
+    def _at_home(self, replicas: Sequence[int]) -> list[tuple[int, int]]:
+        """Replicas with waiting tasks of their own shares, which they take out of the queue; not
+        one that they are at, which waits anew since the replica that had its copy is lost.
 
         So a replica meets again, step by step and look by look, what it has in its cache.
         """
         pairs: list[tuple[int, int]] = []
-        for replica in free if self._waiting else ():
-            own = (task for task in self._share(replica) if task in self._waiting)
+        for replica in replicas if self._waiting else ():
+            call = self._calls.get(replica)
+            at = call.task if call else None
+            own = (task for task in self._share(replica) if task in self._waiting and task != at)
             task = next(own, None)
             if task is not None:
                 pairs.append((replica, task))
@@ -361,12 +371,13 @@ class Dispatcher:
                 self._hungry[replica] = None
         seconds = (self._clock() - call.started) / call.size
         work = self.work[call.kind]
-        work.seconds[replica] = seconds
         likes = call.kind, call.is_first
         self._slowest[likes] = max(seconds, self._slowest.get(likes, 0.0))
+        if seconds:  # else it was heard at once with the call before, and tells nothing
+            work.seconds[replica] = seconds
         if call.is_first:
             self._known[replica].add(call.kind)
-        else:
+        elif seconds:
             self._times.setdefault(call.kind, _Times()).add(seconds)
         if not self._is_open(call):
             return None
@@ -398,7 +409,8 @@ class Dispatcher:
 
     def pause(self) -> float:
         """Seconds in which nothing but an answer needs attention."""
-        copyable = self._copyable() if self._free and not self._waiting else []
+        has_idle = self._free and not self._waiting and not self.is_short
+        copyable = self._copyable() if has_idle else []
         if not copyable:
             return PULSE_S
         return min(PULSE_S, max(0.0, copyable[-1][1] - self._clock()))

@@ -1,9 +1,9 @@
 """A step's batch cut by context into pieces, and the losses of its pieces joined.
 
-Owns which piece an example belongs to, what one replica is given at a time, and how the answers
-become those of the batch. The cut is a function of the recipe and the rows: of the fleet's size it
-knows nothing, for the shapes of batches decide the last bits of losses. Nor does it know which
-replica a piece goes to (`dispatch`).
+Owns which piece an example belongs to, and how the answers become those of the batch. The cut is a
+function of the recipe and the rows: of the fleet's size it knows nothing, for the shapes of batches
+decide the last bits of losses. How many probes of a piece a replica is given at a time is the
+fleet's choice, which replica that is `dispatch`'s; a space parts them into the same forwards.
 """
 
 from collections.abc import Sequence

@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fleet import PATIENT, Simulation, cost, main, percentile, step_times
-from orchestrator.dispatch import MIN_KNOWN, Dispatcher, Limits, TaskLost, pause_before_attempt
+from orchestrator.dispatch import (
+    MIN_KNOWN,
+    PULSE_S,
+    Dispatcher,
+    Limits,
+    TaskLost,
+    pause_before_attempt,
+)
 
 STEP_COST_S = 0.025  # what a step at 256 replicas may cost
 MANY = 256
+SHORT = 0.1  # seconds of a call that is worth having at hand
 
 
 class Clock:
@@ -21,15 +29,20 @@ class Clock:
         return self.now
 
 
-def dispatcher(clock: Clock, num_replicas: int, limits: Limits = Limits()) -> Dispatcher:  # noqa: B008
-    """With calls of one second each known, and no replica new to them."""
+def dispatcher(
+    clock: Clock,
+    num_replicas: int,
+    limits: Limits = Limits(),  # noqa: B008
+    seconds: float = 1.0,
+) -> Dispatcher:
+    """With calls of so many seconds each known, and no replica new to them."""
     made = Dispatcher(limits, clock)
     for replica in range(num_replicas):
         made.join(replica)
     for _ in range(1 + MIN_KNOWN):
         made.begin("evaluate", [1] * num_replicas)
         pairs = made.assign()
-        clock.now += 1
+        clock.now += seconds
         for replica, _ in pairs:
             made.answered(replica)
         assert made.is_done
@@ -107,7 +120,7 @@ def test_tasks_go_home_and_only_those_of_a_lost_replica_move_and_come_back() -> 
 def test_a_replica_without_work_of_its_own_takes_what_lies_together() -> None:
     """The last of a queue, but never what another one that is free could take home."""
     clock = Clock()
-    made = dispatcher(clock, 3)
+    made = dispatcher(clock, 3, seconds=SHORT)
     made.begin("evaluate", [1] * 8, [0, 0, 0, 0, 3, 3, 3, 1])
     assert made.assign() == [(0, 0), (1, 7), (2, 6), (0, 1)]  # the first has one more at hand
     made.answered(2)
@@ -125,15 +138,15 @@ def test_a_replica_without_work_of_its_own_takes_what_lies_together() -> None:
 
 def test_a_replica_at_work_has_its_next_task_at_hand_while_there_is_as_much_for_all() -> None:
     clock = Clock()
-    made = dispatcher(clock, 2)
+    made = dispatcher(clock, 2, seconds=SHORT)
     made.begin("evaluate", [1] * 7)
     assert made.assign() == [(0, 0), (1, 1), (0, 2), (1, 3)]
-    clock.now += 1
+    clock.now += SHORT
     assert made.answered(0) == 0 and made.answered(1) == 1
     assert made.assign() == [(0, 4), (1, 5)]
-    clock.now += 1
+    clock.now += SHORT
     assert made.answered(1) == 3
-    assert made.work["evaluate"].seconds[1] == 1  # since it could begin
+    assert made.work["evaluate"].seconds[1] == pytest.approx(SHORT)  # since it could begin
     assert made.assign() == [] and made.lend() is None  # the last waits for whom is free first
     assert made.answered(1) == 5
     assert made.assign() == [(1, 6)]
@@ -148,8 +161,9 @@ def test_a_replica_at_work_has_its_next_task_at_hand_while_there_is_as_much_for_
         (7, 0.002, 4),
         (1, 0.002, 1),
         (8, 0.02, 2),  # two of 20 ms are as long as a task may be
-        (10, 0.02, 1),  # 3 tasks of 2, 2 and 1 for one and two for the other would take longer
+        (10, 0.0166, 1),  # in pairs one replica would have three of them and the other two
         (8, 0.1, 1),
+        (0, 0.002, 1),
     ],
 )
 def test_brief_work_is_given_together_and_evenly(number: int, size: float, expected: int) -> None:
@@ -158,17 +172,50 @@ def test_brief_work_is_given_together_and_evenly(number: int, size: float, expec
     assert made.together("score", number, size) == 1  # nothing is known of it
 
 
-def test_a_replica_that_is_new_to_a_kind_of_work_gets_one_task() -> None:
-    made = dispatcher(Clock(), 1)
-    made.begin("score", [1] * 3)
+def test_only_work_that_is_known_to_be_short_is_given_ahead() -> None:
+    """A slow machine, which has one more task at hand than it should, costs no more than that."""
+    clock = Clock()
+    long, new = dispatcher(clock, 1), dispatcher(clock, 1, seconds=SHORT)
+    for made, kind in ((long, "evaluate"), (new, "score")):
+        made.begin(kind, [1] * 3)
+        for task in range(3):
+            assert made.assign() == [(0, task)]
+            clock.now += SHORT
+            made.answered(0)
+
+
+def test_a_replica_is_not_given_the_task_that_it_is_at() -> None:
+    """Which waits anew, since the replica that had the copy is lost."""
+    clock = Clock()
+    made = dispatcher(clock, 2, seconds=SHORT)
+    made.begin("evaluate", [1, 1])
+    assert made.assign() == [(0, 0), (1, 1)]
+    clock.now += SHORT
+    made.answered(1)
+    clock.now += 1.5 * SHORT
+    assert made.assign() == [(1, 0)]
+    made.lost(1)
+    assert made.assign() == []
+    assert made.answered(0) == 0 and made.is_done
+    made.begin("evaluate", [1])
     assert made.assign() == [(0, 0)]
+
+
+def test_a_fleet_that_is_too_small_waits_without_haste() -> None:
+    clock = Clock()
+    made = dispatcher(clock, 3, seconds=SHORT)
+    made._min_replicas = 3
+    made.begin("evaluate", [1] * 2)
+    made.assign()
+    made.lost(2)
     made.answered(0)
-    assert made.assign() == [(0, 1), (0, 2)]
+    clock.now += 5 * SHORT
+    assert made.assign() == [] and made.pause() == PULSE_S
 
 
 def test_what_a_lost_or_late_replica_had_at_hand_goes_to_others() -> None:
     clock = Clock()
-    made = dispatcher(clock, 2)
+    made = dispatcher(clock, 2, seconds=SHORT)
     made.begin("evaluate", [1, 2, 4, 8])
     assert made.assign() == [(0, 0), (1, 1), (0, 2), (1, 3)]
     made.lost(1)
@@ -177,7 +224,7 @@ def test_what_a_lost_or_late_replica_had_at_hand_goes_to_others() -> None:
     assert made.assign() == [(1, 1)]  # in their order; it is new to the work
     made.answered(1)
     assert made.assign() == [(1, 3)]
-    clock.now += 4
+    clock.now += 4 * SHORT
     made.answered(1)
     assert made.assign() == [(1, 0)]  # slow by now
     assert made.answered(1) == 0
@@ -192,7 +239,7 @@ def test_what_a_lost_or_late_replica_had_at_hand_goes_to_others() -> None:
 
 
 def test_only_the_task_that_a_replica_was_at_is_taken_to_have_ended_it() -> None:
-    made = dispatcher(Clock(), 2)
+    made = dispatcher(Clock(), 2, seconds=SHORT)
     made.begin("evaluate", [1] * 4)
     assert made.assign() == [(0, 0), (1, 1), (0, 2), (1, 3)]
     for replica in (0, 1):
