@@ -360,16 +360,16 @@ class Dispatcher:
 
     def answered(self, replica: int) -> int | None:
         """A replica's call has returned: its task, or None if that is answered already."""
-        call = self._calls.pop(replica)
+        call, now = self._calls.pop(replica), self._clock()
         self._hungry.pop(replica, None)
         if (following := self._next.pop(replica, None)) is None:
             self._free[replica] = None
         else:
-            following.started = self._clock()
+            following.started = now
             self._calls[replica] = following
             if following.round == self._round:
                 self._hungry[replica] = None
-        seconds = (self._clock() - call.started) / call.size
+        seconds = (now - call.started) / call.size
         work = self.work[call.kind]
         likes = call.kind, call.is_first
         self._slowest[likes] = max(seconds, self._slowest.get(likes, 0.0))

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from conftest import DEVICE, write_questions
-from test_training import ACTIVATED, LORA, LOW_RANK, MARKED, MARKED_QUESTION, PREFIX
+from conftest import DEVICE
+from test_training import ACTIVATED, LORA, LOW_RANK, PREFIX, with_objective
 
 from orchestrator.config import Config
 from orchestrator.records import Probe, ProbeLoss, probe_groups
@@ -33,15 +32,7 @@ def test_probes_that_are_given_together_have_the_losses_that_they_have_group_by_
     space: dict[str, Any], objective: str, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     """So a fleet may join groups as time allows, and the ledger is the same. The last is short."""
-    values = yaml.safe_load(yaml.safe_dump(recipe))
-    values["space"] = space
-    if objective == "f1":
-        rows = write_questions(tmp_path / "rows.jsonl", 50)
-        values["task"] = {"preset": "squad", "train": {"path": str(rows)}, "holdout": 10}
-        values["task"] |= {"max_new_tokens": 8, "objective": "f1"}
-    if "activation" in space:
-        values["task"]["template"] = MARKED if objective == "loss" else MARKED_QUESTION
-    config = Config.model_validate(values)
+    config = Config.model_validate(with_objective(recipe, space, objective, tmp_path))
     size = config.space.probes_per_group
     probes = [Probe(0, 7 + n // 2, 1 - n % 2 * 2, 0.3, (1, 2, 3)) for n in range(3 * size - 1)]
     with closing(Replica(config, DEVICE)) as replica:

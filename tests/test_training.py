@@ -348,6 +348,22 @@ def replayed(
     return value
 
 
+def with_objective(
+    recipe: dict[str, Any], space: dict[str, Any], objective: str, folder: Path
+) -> dict[str, Any]:
+    """The recipe's values in this space; f1 is of answers, to questions that the folder gets."""
+    values: dict[str, Any] = yaml.safe_load(yaml.safe_dump(recipe))
+    values["space"] = space
+    if objective == "f1":
+        rows = write_questions(folder / "rows.jsonl", 50)
+        values["task"] = {"preset": "squad", "train": {"path": str(rows)}, "holdout": 10}
+        values["task"]["max_new_tokens"] = 8
+    if "activation" in space:
+        values["task"]["template"] = MARKED if objective == "loss" else MARKED_QUESTION
+    values["task"]["objective"] = objective
+    return values
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "estimator", "objective"),
@@ -369,15 +385,7 @@ def test_slots_give_the_same_ledger_for_any_fleet_and_after_a_resume(
     recipe: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    values = yaml.safe_load(yaml.safe_dump(recipe))
-    values["space"] = space
-    if objective == "f1":
-        rows = write_questions(tmp_path / "rows.jsonl", 50)
-        values["task"] = {"preset": "squad", "train": {"path": str(rows)}, "holdout": 10}
-        values["task"]["max_new_tokens"] = 8
-    if "activation" in space:
-        values["task"]["template"] = MARKED if objective == "loss" else MARKED_QUESTION
-    values["task"]["objective"] = objective
+    values = with_objective(recipe, space, objective, tmp_path)
     values["estimator"] |= {"num_seeds": 4, "lr": 1e-3, **estimator}
     values["run"]["steps"] = STEPS
     whole = train(Config.model_validate(values), tmp_path / "one.jsonl")
